@@ -1,0 +1,271 @@
+//! One relayed connection as everybody else sees it: its counters, its legs, and the hand that can end it.
+
+use std::io;
+use std::net::SocketAddr;
+use std::sync::atomic::{AtomicBool, AtomicU8, AtomicU64, AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex, OnceLock};
+use std::time::{Duration, Instant};
+
+use serde_json::{Value, json};
+use tokio::net::TcpStream;
+use tokio::sync::Notify;
+
+use crate::config::Role;
+use crate::errno;
+
+/// The two sockets of a connection.
+#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+pub enum Leg {
+    Lan,
+    Wan,
+}
+
+/// Where and why a connection broke.
+#[derive(Clone, Debug)]
+pub struct LegError {
+    pub leg: Leg,
+    pub errno: i32,
+    pub text: String,
+}
+
+impl LegError {
+    pub fn new(leg: Leg, error: &io::Error) -> LegError {
+        LegError { leg, errno: errno::number(error), text: errno::of(error) }
+    }
+
+    /// A TLS error can only be the WAN's.
+    pub fn tls(error: &rustls::Error) -> LegError {
+        LegError { leg: Leg::Wan, errno: 0, text: error.to_string() }
+    }
+}
+
+/// How the bytes of one direction travel.
+#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+#[repr(u8)]
+pub enum Path {
+    Unused,
+    Splice,
+    Copy,
+    TlsCopy,
+}
+
+impl Path {
+    pub fn name(self) -> Option<&'static str> {
+        match self {
+            Path::Unused => None,
+            Path::Splice => Some("splice"),
+            Path::Copy => Some("copy"),
+            Path::TlsCopy => Some("tls-copy"),
+        }
+    }
+}
+
+/// One direction of one connection.
+#[derive(Default)]
+pub struct Flow {
+    bytes: AtomicU64,
+    path: AtomicU8,
+    pipe_bytes: AtomicUsize,
+    no_splice: AtomicBool,
+    ended: AtomicBool,
+}
+
+impl Flow {
+    /// `count` bytes were accepted by the destination's kernel.
+    pub fn add(&self, count: usize) {
+        self.bytes.fetch_add(count as u64, Ordering::Relaxed);
+    }
+
+    pub fn bytes(&self) -> u64 {
+        self.bytes.load(Ordering::Relaxed)
+    }
+
+    pub fn has_moved(&self) -> bool {
+        self.bytes() > 0
+    }
+
+    /// What the last round travelled in.
+    pub fn took(&self, path: Path, pipe_bytes: usize) {
+        self.path.store(path as u8, Ordering::Relaxed);
+        self.pipe_bytes.store(pipe_bytes, Ordering::Relaxed);
+    }
+
+    pub fn path(&self) -> Path {
+        match self.path.load(Ordering::Relaxed) {
+            1 => Path::Splice,
+            2 => Path::Copy,
+            3 => Path::TlsCopy,
+            _ => Path::Unused,
+        }
+    }
+
+    /// This kernel cannot splice these sockets.
+    pub fn forbid_splice(&self) {
+        self.no_splice.store(true, Ordering::Relaxed);
+    }
+
+    pub fn may_splice(&self) -> bool {
+        !self.no_splice.load(Ordering::Relaxed)
+    }
+
+    /// The application ended this direction.
+    pub fn end(&self) {
+        self.ended.store(true, Ordering::Relaxed);
+    }
+
+    fn has_ended(&self) -> bool {
+        self.ended.load(Ordering::Relaxed)
+    }
+}
+
+/// A connection from the moment it is accepted.
+pub struct Connection {
+    pub id: u64,
+    pub listener: u16,
+    pub source: SocketAddr,
+    pub opened: Instant,
+    role: Role,
+    to_consumer: Flow,
+    to_producer: Flow,
+    onward: Mutex<Option<SocketAddr>>,
+    first_byte: OnceLock<Duration>,
+    legs: Mutex<Option<Legs>>,
+    end: Notify,
+    end_reason: OnceLock<&'static str>,
+    /// Kept by the supervisor: rates, idleness and what limits this connection.
+    pub gauge: Mutex<crate::gauge::Gauge>,
+}
+
+#[derive(Clone)]
+pub struct Legs {
+    pub lan: Arc<TcpStream>,
+    pub wan: Arc<TcpStream>,
+}
+
+impl Connection {
+    pub fn new(id: u64, listener: u16, source: SocketAddr, role: Role) -> Connection {
+        Connection {
+            id,
+            listener,
+            source,
+            opened: Instant::now(),
+            role,
+            to_consumer: Flow::default(),
+            to_producer: Flow::default(),
+            onward: Mutex::new(None),
+            first_byte: OnceLock::new(),
+            legs: Mutex::new(None),
+            end: Notify::new(),
+            end_reason: OnceLock::new(),
+            gauge: Mutex::default(),
+        }
+    }
+
+    pub fn to_consumer(&self) -> &Flow {
+        &self.to_consumer
+    }
+
+    pub fn to_producer(&self) -> &Flow {
+        &self.to_producer
+    }
+
+    /// The direction that enters at this relay's LAN socket.
+    pub fn lan_to_wan(&self) -> &Flow {
+        match self.role {
+            Role::Prod => &self.to_consumer,
+            Role::Cons => &self.to_producer,
+        }
+    }
+
+    /// The direction that enters at this relay's WAN socket.
+    pub fn wan_to_lan(&self) -> &Flow {
+        match self.role {
+            Role::Prod => &self.to_producer,
+            Role::Cons => &self.to_consumer,
+        }
+    }
+
+    pub fn is_producer_side(&self) -> bool {
+        self.role == Role::Prod
+    }
+
+    /// A byte is about to be passed on.
+    pub fn first_byte(&self) {
+        if self.first_byte.get().is_none() {
+            let _ = self.first_byte.set(self.opened.elapsed());
+        }
+    }
+
+    /// Both sockets are there, and bytes may flow.
+    pub fn connected(&self, onward: SocketAddr, legs: Legs) {
+        *lock(&self.onward) = Some(onward);
+        *lock(&self.legs) = Some(legs);
+    }
+
+    pub fn is_connected(&self) -> bool {
+        lock(&self.legs).is_some()
+    }
+
+    pub fn legs(&self) -> Option<Legs> {
+        lock(&self.legs).clone()
+    }
+
+    /// Lets go of the sockets, so that they close now and not when the last reader of the status has finished.
+    pub fn disconnected(&self) {
+        lock(&self.legs).take();
+    }
+
+    /// Ends this connection with a reset, for a typed reason. The first reason stays.
+    pub fn cut(&self, reason: &'static str) {
+        let _ = self.end_reason.set(reason);
+        self.end.notify_one();
+    }
+
+    /// Waits until somebody cuts this connection.
+    pub async fn is_cut(&self) -> &'static str {
+        loop {
+            if let Some(reason) = self.end_reason.get() {
+                return reason;
+            }
+            self.end.notified().await;
+        }
+    }
+
+    pub fn bytes(&self) -> u64 {
+        self.to_consumer.bytes() + self.to_producer.bytes()
+    }
+
+    /// Exactly one direction has ended.
+    pub fn is_half_closed(&self) -> bool {
+        self.to_consumer.has_ended() != self.to_producer.has_ended()
+    }
+
+    /// What an event says of this connection.
+    pub fn describe(&self) -> Value {
+        json!({
+            "connection": self.id,
+            "listener": self.listener,
+            "source": self.source,
+            "onward": *lock(&self.onward),
+        })
+    }
+
+    /// What the end of this connection, and its row in the status, say in addition.
+    pub fn account(&self) -> Value {
+        json!({
+            "bytes": {"to_consumer": self.to_consumer.bytes(), "to_producer": self.to_producer.bytes()},
+            "path": {"to_consumer": self.to_consumer.path().name(), "to_producer": self.to_producer.path().name()},
+            "first_byte_s": self.first_byte.get().map(Duration::as_secs_f64),
+            "pipe_bytes": self
+                .to_consumer
+                .pipe_bytes
+                .load(Ordering::Relaxed)
+                .max(self.to_producer.pipe_bytes.load(Ordering::Relaxed)),
+        })
+    }
+}
+
+/// A panic elsewhere must not make the status unreadable: what these locks guard is always whole.
+pub fn lock<T>(mutex: &Mutex<T>) -> std::sync::MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(|poisoned| poisoned.into_inner())
+}

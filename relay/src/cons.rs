@@ -1,0 +1,196 @@
+//! The CONS side: dial the PROD relay, prove both ends, ask, carry; and the probing that makes READY mean something.
+
+use std::io;
+use std::net::SocketAddr;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use tokio::net::TcpStream;
+use tokio::task::JoinSet;
+
+use crate::carry::carry;
+use crate::config::{Mode, Probe};
+use crate::errno;
+use crate::listen::Active;
+use crate::preamble::{ANSWER_BYTES, Answer, Kind, Request, Verdict};
+use crate::relay::{Closing, Dial, ProbeResult, Relay};
+use crate::socket::{close_in_order, connect, read_exact, shutdown_write, write_all};
+use crate::tls::{HandshakeError, Session};
+
+/// Between two rounds of probes: short at first, because PROD learns of us a moment after we start.
+const FIRST_PAUSE_S: f64 = 0.02;
+const LONGEST_PAUSE_S: f64 = 2.0;
+const PAUSE_GROWTH: f64 = 1.6;
+
+/// Serves one LAN connection to its end. What cannot be carried is reset, as a direct connection would be refused.
+pub async fn serve(relay: Arc<Relay>, active: Active, lan: TcpStream, source: SocketAddr) {
+    let connection = relay.open(active.listener(), source);
+    let Some(dial) = relay.dial(active.listener().index) else {
+        relay.refuse(active.listener(), "no-peers", source.ip());
+        return relay.close(&connection, None);
+    };
+    let called = tokio::select! {
+        called = call(&relay, &dial, Kind::Data, 0) => called,
+        reason = connection.is_cut() => {
+            return relay.close(&connection, Some(Closing { reason, abort: None, text: None }));
+        }
+    };
+    match called {
+        Ok((wan, session)) => carry(&relay, &connection, dial.address, lan, wan, session).await,
+        Err(failure) => {
+            drop(lan);
+            relay.note_probe(failure.clone());
+            let closing = Closing { reason: failure.result, abort: None, text: failure.errno };
+            relay.close(&connection, Some(closing));
+        }
+    }
+}
+
+/// Connects to a PROD listener and asks for `kind`. After Ok for data, what follows on the stream is payload (inside the
+/// session, if there is one). A probe's connection is closed.
+async fn call(
+    relay: &Relay,
+    dial: &Dial,
+    kind: Kind,
+    lease_s: u32,
+) -> Result<(TcpStream, Option<Session>), ProbeResult> {
+    let failed = |result: &'static str, errno: Option<String>| ProbeResult {
+        result,
+        errno,
+        address: Some(dial.address),
+        at: Instant::now(),
+    };
+    let source = relay.config.onward_source;
+    let stream = connect(dial.address, source, relay.connect_timeout(), relay.user_timeout()).await.map_err(
+        |error| {
+            let result = match error.kind() {
+                io::ErrorKind::ConnectionRefused => "refused",
+                io::ErrorKind::TimedOut => "timeout",
+                _ => "no-route",
+            };
+            failed(result, Some(errno::of(&error)))
+        },
+    )?;
+    // PROD may need its own connect time-out before it can answer.
+    let timeout = relay.handshake_timeout() + relay.connect_timeout();
+    let conversation = async {
+        let mut session = None;
+        if relay.config.mode != Mode::None {
+            let config = relay.client_config(dial.public_key)?;
+            let mut client = Session::client(config)?;
+            client.handshake(&stream).await?;
+            session = Some(client);
+        }
+        let request =
+            Request { kind, mode: relay.config.mode, relay_id: dial.relay_id, listener: dial.index, lease_s };
+        let mut message = [0; ANSWER_BYTES];
+        match &mut session {
+            Some(session) => {
+                session.send(&request.encode())?;
+                session.flush(&stream).await?;
+                session.read_exact(&stream, &mut message).await?;
+            }
+            None => {
+                write_all(&stream, &request.encode()).await?;
+                read_exact(&stream, &mut message).await?;
+            }
+        }
+        let answer = Answer::decode(&message);
+        let go_on = kind == Kind::Data && answer.is_some_and(|answer| answer.verdict == Verdict::Ok);
+        match &mut session {
+            // Both directions of TLS end here; PROD's close_notify follows its answer.
+            Some(client) if go_on && relay.config.mode == Mode::Auth => {
+                client.send_close_notify()?;
+                client.flush(&stream).await?;
+                client.read_close_notify(&stream).await?;
+                session = None;
+            }
+            Some(client) if !go_on => {
+                client.send_close_notify()?;
+                client.flush(&stream).await?;
+            }
+            _ => {}
+        }
+        if !go_on {
+            let _ = shutdown_write(&stream);
+            close_in_order(&stream);
+        }
+        Ok::<_, HandshakeError>((answer, session))
+    };
+    let (answer, session) = match tokio::time::timeout(timeout, conversation).await {
+        Ok(Ok(answered)) => answered,
+        // PROD closes on us while it has no peers: it is not ready, or it is no relay.
+        Ok(Err(HandshakeError::Io(error))) => return Err(failed("not-ready", Some(errno::of(&error)))),
+        Ok(Err(HandshakeError::Tls(error))) => return Err(failed("peer-rejected", Some(error.to_string()))),
+        Err(_) => return Err(failed("timeout", Some("ETIMEDOUT".into()))),
+    };
+    let errno = answer.filter(|answer| answer.errno != 0).map(|answer| errno::name(answer.errno.into()));
+    match answer.map(|answer| answer.verdict) {
+        Some(Verdict::Ok) => Ok((stream, session)),
+        Some(Verdict::Unreachable) => Err(failed("unreachable", errno)),
+        Some(Verdict::Busy) => Err(failed("busy", errno)),
+        Some(Verdict::Denied) => Err(failed("denied", errno)),
+        Some(Verdict::NotReady) => Err(failed("not-ready", errno)),
+        Some(Verdict::Protocol) | None => Err(failed("protocol", errno)),
+    }
+}
+
+/// Probes every PROD listener until all have answered ok, then passes renewals on, for as long as the relay lives.
+pub async fn probe(relay: Arc<Relay>) {
+    let mut pause_s = FIRST_PAUSE_S;
+    loop {
+        if !relay.is_proven_through() {
+            let kind = if relay.config.probe == Probe::Target { Kind::ProbeTarget } else { Kind::ProbePath };
+            match probe_all(&relay, kind).await {
+                Ok(true) => relay.proven(relay.config.probe),
+                Ok(false) => {}
+                Err(failure) => relay.note_probe(failure),
+            }
+        }
+        if relay.is_proven_through() {
+            pause_s = FIRST_PAUSE_S;
+            relay.probe_wake.notified().await;
+            pass_lease_on(&relay).await;
+        } else {
+            let jittered = Duration::from_secs_f64(pause_s * (0.75 + 0.5 * fastrand::f64()));
+            // Waking early costs one round of probes; what has changed is probably what they wait for.
+            let _ = tokio::time::timeout(jittered, relay.probe_wake.notified()).await;
+            pause_s = (pause_s * PAUSE_GROWTH).min(LONGEST_PAUSE_S);
+        }
+    }
+}
+
+/// One round. False: there is nothing to probe yet.
+async fn probe_all(relay: &Arc<Relay>, kind: Kind) -> Result<bool, ProbeResult> {
+    let dials = relay.dials();
+    if dials.is_empty() {
+        return Ok(false);
+    }
+    let mut probes = JoinSet::new();
+    for dial in dials {
+        let relay = relay.clone();
+        probes.spawn(async move { call(&relay, &dial, kind, 0).await.map(|_| dial.address) });
+    }
+    let mut address = None;
+    while let Some(probed) = probes.join_next().await {
+        if let Ok(probed) = probed {
+            address = Some(probed?);
+        }
+    }
+    relay.note_probe(ProbeResult { result: "ok", errno: None, address, at: Instant::now() });
+    Ok(true)
+}
+
+/// A renewal at CONS reaches each PROD relay over the leg that its key has proven.
+async fn pass_lease_on(relay: &Relay) {
+    let Some(lease_s) = relay.take_lease_to_pass_on() else { return };
+    let mut passed = Vec::new();
+    for dial in relay.dials() {
+        if !passed.contains(&dial.relay_id.0) {
+            passed.push(dial.relay_id.0);
+            if let Err(failure) = call(relay, &dial, Kind::ProbePath, lease_s).await {
+                relay.note_probe(failure);
+            }
+        }
+    }
+}

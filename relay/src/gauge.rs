@@ -1,0 +1,152 @@
+//! Rates, and which leg limits: sampled from counters and TCP_INFO, once a tick and never in the data path.
+
+use std::time::Instant;
+
+use s2ds_sys::{TcpInfo, tcp_info};
+use serde_json::{Value, json};
+
+use crate::config::Role;
+use crate::connection::{Connection, Legs};
+
+/// Rates are taken over at least this long.
+const WINDOW_S: f64 = 1.0;
+
+/// The figures of one connection between two samples.
+#[derive(Default)]
+pub struct Gauge {
+    samples: std::collections::VecDeque<Sample>,
+    pub to_consumer_bits_per_s: f64,
+    pub to_producer_bits_per_s: f64,
+    /// Seconds, in the last window, for which each leg was what the larger direction waited for.
+    pub shares: Option<Shares>,
+    last_moved: Option<(Instant, u64)>,
+}
+
+struct Sample {
+    at: Instant,
+    to_consumer: u64,
+    to_producer: u64,
+    lan: TcpInfo,
+    wan: TcpInfo,
+}
+
+/// Parts of one second of the sending socket of a direction.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Shares {
+    /// True: the direction is from the producer to the consumer.
+    pub to_consumer: bool,
+    /// The socket had nothing to send: whatever feeds this relay is slower.
+    pub starved: f64,
+    /// The network behind the sending socket.
+    pub network: f64,
+    /// The receiver's window was closed: whoever reads is slower.
+    pub receiver: f64,
+}
+
+impl Gauge {
+    /// Takes a sample and forgets what is older than the window. `legs` are None while the connection is not yet through.
+    pub fn sample(&mut self, now: Instant, connection: &Connection, legs: &Legs) {
+        let sample = Sample {
+            at: now,
+            to_consumer: connection.to_consumer().bytes(),
+            to_producer: connection.to_producer().bytes(),
+            lan: tcp_info(&*legs.lan).unwrap_or_default(),
+            wan: tcp_info(&*legs.wan).unwrap_or_default(),
+        };
+        let total = sample.to_consumer + sample.to_producer;
+        if self.last_moved.is_none_or(|(_, bytes)| bytes != total) {
+            self.last_moved = Some((now, total));
+        }
+        self.samples.push_back(sample);
+        while self.samples.len() > 2
+            && self.samples.get(1).is_some_and(|second| (now - second.at).as_secs_f64() >= WINDOW_S)
+        {
+            self.samples.pop_front();
+        }
+        let (Some(old), Some(new)) = (self.samples.front(), self.samples.back()) else { return };
+        let elapsed_s = (new.at - old.at).as_secs_f64();
+        if elapsed_s <= 0.0 {
+            return;
+        }
+        self.to_consumer_bits_per_s = (new.to_consumer - old.to_consumer) as f64 * 8.0 / elapsed_s;
+        self.to_producer_bits_per_s = (new.to_producer - old.to_producer) as f64 * 8.0 / elapsed_s;
+        let to_consumer = self.to_consumer_bits_per_s >= self.to_producer_bits_per_s;
+        let sends_on_wan = to_consumer == connection.is_producer_side();
+        let (old, new) = if sends_on_wan { (&old.wan, &new.wan) } else { (&old.lan, &new.lan) };
+        let part =
+            |later: u64, earlier: u64| (later.saturating_sub(earlier) as f64 / 1e6 / elapsed_s).min(1.0);
+        let busy = part(new.busy_us, old.busy_us);
+        let receiver = part(new.receiver_limited_us, old.receiver_limited_us).min(busy);
+        self.shares = (self.to_consumer_bits_per_s + self.to_producer_bits_per_s > 0.0).then_some(Shares {
+            to_consumer,
+            starved: 1.0 - busy,
+            network: busy - receiver,
+            receiver,
+        });
+    }
+
+    /// For how long nothing has moved; 0 until the first sample.
+    pub fn idle_s(&self, now: Instant) -> f64 {
+        self.last_moved.map_or(0.0, |(at, _)| (now - at).as_secs_f64())
+    }
+}
+
+/// The verdict of one relay over its connections, each counted by the bytes it moves. None while nothing moves.
+pub fn limiting(role: Role, gauges: &[(f64, Shares)]) -> Value {
+    let weight: f64 = gauges.iter().map(|(rate, _)| rate).sum();
+    if weight <= 0.0 {
+        return Value::Null;
+    }
+    let mean = |part: fn(&Shares) -> f64| {
+        gauges.iter().map(|(rate, shares)| rate * part(shares)).sum::<f64>() / weight
+    };
+    let to_consumer = mean(|shares| f64::from(u8::from(shares.to_consumer))) >= 0.5;
+    let (starved, network, receiver) = (mean(|s| s.starved), mean(|s| s.network), mean(|s| s.receiver));
+    // The side a direction comes from is behind the starvation; a sending WAN socket has the far side behind its receiver.
+    let (from, to) = if to_consumer { ("producer", "consumer") } else { ("consumer", "producer") };
+    let sends_on_wan = to_consumer == (role == Role::Prod);
+    let shares = if sends_on_wan {
+        vec![(from.to_string(), starved), ("wan".into(), network), (to.to_string(), receiver)]
+    } else {
+        vec![
+            ("upstream".into(), starved),
+            (format!("{to}_lan"), network),
+            (format!("{to}_application"), receiver),
+        ]
+    };
+    let (leg, share) = shares
+        .iter()
+        .fold(("", 0.0), |most, (leg, share)| if *share > most.1 { (leg, *share) } else { most });
+    json!({
+        "direction": if to_consumer { "to_consumer" } else { "to_producer" },
+        "leg": leg,
+        "share": share,
+        "shares": shares.iter().cloned().collect::<std::collections::BTreeMap<_, _>>(),
+    })
+}
+
+/// TCP_INFO of one leg as the status prints it.
+pub fn leg(socket: &tokio::net::TcpStream, age_s: f64) -> Value {
+    let Ok(info) = tcp_info(socket) else { return Value::Null };
+    let seconds = |us: u64| us as f64 / 1e6;
+    // The kernel says u64::MAX for "no pacing".
+    let pacing = (info.pacing_bytes_per_s != u64::MAX).then_some(info.pacing_bytes_per_s as f64 * 8.0);
+    json!({
+        "rtt_s": seconds(info.rtt_us.into()),
+        "rtt_var_s": seconds(info.rtt_var_us.into()),
+        "min_rtt_s": seconds(info.min_rtt_us.into()),
+        "receive_rtt_s": seconds(info.receive_rtt_us.into()),
+        "retransmits": info.retransmits,
+        "lost": info.lost_segments,
+        "cwnd_bytes": u64::from(info.cwnd_segments) * u64::from(info.mss_bytes),
+        "mss_bytes": info.mss_bytes,
+        "delivery_bits_per_s": info.delivery_bytes_per_s as f64 * 8.0,
+        "pacing_bits_per_s": pacing,
+        "busy_s": seconds(info.busy_us),
+        "limited_by_application_s": (age_s - seconds(info.busy_us)).max(0.0),
+        "limited_by_receiver_s": seconds(info.receiver_limited_us),
+        "limited_by_send_buffer_s": seconds(info.send_buffer_limited_us),
+        "notsent_bytes": info.notsent_bytes,
+        "congestion_control": rustix::net::sockopt::tcp_congestion(socket).ok(),
+    })
+}

@@ -1,0 +1,243 @@
+//! The relay's identity: one Ed25519 key pair, made at start, whose private half never leaves this process; and the TLS 1.3
+//! configuration that proves it to a pinned peer with raw public keys (RFC 7250) instead of certificates.
+
+use std::fmt;
+use std::sync::{Arc, RwLock};
+
+use aws_lc_rs::signature::{Ed25519KeyPair, KeyPair};
+use base64::Engine;
+use base64::engine::general_purpose::URL_SAFE_NO_PAD;
+use rustls::client::danger::{HandshakeSignatureValid, ServerCertVerified, ServerCertVerifier};
+use rustls::client::{AlwaysResolvesClientRawPublicKeys, Resumption};
+use rustls::crypto::{
+    CryptoProvider, WebPkiSupportedAlgorithms, aws_lc_rs as provider, verify_tls13_signature_with_raw_key,
+};
+use rustls::pki_types::{
+    CertificateDer, PrivateKeyDer, PrivatePkcs8KeyDer, ServerName, SubjectPublicKeyInfoDer, UnixTime,
+};
+use rustls::server::AlwaysResolvesServerRawPublicKeys;
+use rustls::server::danger::{ClientCertVerified, ClientCertVerifier};
+use rustls::sign::CertifiedKey;
+use rustls::{
+    CertificateError, ClientConfig, DigitallySignedStruct, DistinguishedName, Error, PeerIncompatible,
+    ServerConfig, SignatureScheme,
+};
+use serde::{Deserialize, Serialize};
+
+/// What makes a SubjectPublicKeyInfo of the 32 bytes of an Ed25519 key (RFC 8410).
+const SPKI_PREFIX: [u8; 12] = [0x30, 0x2a, 0x30, 0x05, 0x06, 0x03, 0x2b, 0x65, 0x70, 0x03, 0x21, 0x00];
+
+/// Both sides must ask for it: another protocol on the same port ends in the handshake.
+const ALPN: &[u8] = b"s2ds/1";
+
+/// The PIN: 32 bytes, written as base64url without padding.
+#[derive(Clone, Copy, Eq, PartialEq)]
+pub struct PublicKey([u8; 32]);
+
+impl PublicKey {
+    fn spki(&self) -> Vec<u8> {
+        [&SPKI_PREFIX[..], &self.0].concat()
+    }
+
+    /// The key in what a raw-public-key handshake carries instead of a certificate; None for any other kind of key.
+    pub fn from_spki(spki: &[u8]) -> Option<PublicKey> {
+        spki.strip_prefix(&SPKI_PREFIX)?.try_into().ok().map(PublicKey)
+    }
+}
+
+impl fmt::Display for PublicKey {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&URL_SAFE_NO_PAD.encode(self.0))
+    }
+}
+
+impl fmt::Debug for PublicKey {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        fmt::Display::fmt(self, f)
+    }
+}
+
+impl Serialize for PublicKey {
+    fn serialize<S: serde::Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        serializer.collect_str(self)
+    }
+}
+
+impl<'de> Deserialize<'de> for PublicKey {
+    fn deserialize<D: serde::Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        let text = String::deserialize(deserializer)?;
+        URL_SAFE_NO_PAD.decode(&text).ok().and_then(|bytes| bytes.try_into().ok()).map(PublicKey).ok_or_else(
+            || serde::de::Error::custom(format!("'{text}' is not a public key: 43 characters of base64url")),
+        )
+    }
+}
+
+/// The key pair, ready for both ends of a handshake.
+pub struct Identity {
+    pub public: PublicKey,
+    certified: Arc<CertifiedKey>,
+    provider: Arc<CryptoProvider>,
+}
+
+impl Identity {
+    /// Makes a fresh pair. Fails only if the system has no randomness.
+    pub fn generate() -> Result<Identity, Error> {
+        let random = || Error::FailedToGetRandomBytes;
+        let pkcs8 =
+            Ed25519KeyPair::generate_pkcs8(&aws_lc_rs::rand::SystemRandom::new()).map_err(|_| random())?;
+        let pair = Ed25519KeyPair::from_pkcs8(pkcs8.as_ref()).map_err(|_| random())?;
+        let public = PublicKey(pair.public_key().as_ref().try_into().map_err(|_| random())?);
+        let private = PrivateKeyDer::from(PrivatePkcs8KeyDer::from(pkcs8.as_ref().to_vec()));
+        let signer = provider::sign::any_eddsa_type(&match private {
+            PrivateKeyDer::Pkcs8(key) => key,
+            _ => return Err(random()),
+        })?;
+        let certified = Arc::new(CertifiedKey::new(vec![CertificateDer::from(public.spki())], signer));
+        Ok(Identity { public, certified, provider: Arc::new(provider::default_provider()) })
+    }
+
+    /// For a PROD relay: admits whoever proves a key that is in `admitted` at that moment.
+    pub fn server(&self, admitted: Arc<RwLock<Vec<PublicKey>>>) -> Result<Arc<ServerConfig>, Error> {
+        let verifier =
+            Arc::new(Pinned { admitted, algorithms: self.provider.signature_verification_algorithms });
+        let mut config = ServerConfig::builder_with_provider(self.provider.clone())
+            .with_protocol_versions(&[&rustls::version::TLS13])?
+            .with_client_cert_verifier(verifier)
+            .with_cert_resolver(Arc::new(AlwaysResolvesServerRawPublicKeys::new(self.certified.clone())));
+        // A ticket sent after the handshake would reach the clear text of mode auth; nothing here resumes a session.
+        config.send_tls13_tickets = 0;
+        config.alpn_protocols = vec![ALPN.to_vec()];
+        Ok(Arc::new(config))
+    }
+
+    /// For a CONS relay: accepts exactly the relay that proves `pin`.
+    pub fn client(&self, pin: PublicKey) -> Result<Arc<ClientConfig>, Error> {
+        let verifier = Arc::new(Pinned {
+            admitted: Arc::new(RwLock::new(vec![pin])),
+            algorithms: self.provider.signature_verification_algorithms,
+        });
+        let mut config = ClientConfig::builder_with_provider(self.provider.clone())
+            .with_protocol_versions(&[&rustls::version::TLS13])?
+            .dangerous()
+            .with_custom_certificate_verifier(verifier)
+            .with_client_cert_resolver(Arc::new(AlwaysResolvesClientRawPublicKeys::new(
+                self.certified.clone(),
+            )));
+        config.resumption = Resumption::disabled();
+        config.enable_sni = false;
+        config.alpn_protocols = vec![ALPN.to_vec()];
+        Ok(Arc::new(config))
+    }
+}
+
+/// Verifies a raw public key by comparison with the pins, and the handshake's signature with that key. "dangerous" in rustls'
+/// naming means only that this is not certificate validation.
+#[derive(Debug)]
+struct Pinned {
+    admitted: Arc<RwLock<Vec<PublicKey>>>,
+    algorithms: WebPkiSupportedAlgorithms,
+}
+
+impl Pinned {
+    fn check(&self, spki: &CertificateDer<'_>) -> Result<(), Error> {
+        let admitted = self.admitted.read().unwrap_or_else(|poisoned| poisoned.into_inner());
+        match PublicKey::from_spki(spki) {
+            Some(key) if admitted.contains(&key) => Ok(()),
+            _ => Err(Error::InvalidCertificate(CertificateError::ApplicationVerificationFailure)),
+        }
+    }
+
+    fn signature(
+        &self,
+        message: &[u8],
+        key: &CertificateDer<'_>,
+        signed: &DigitallySignedStruct,
+    ) -> Result<HandshakeSignatureValid, Error> {
+        verify_tls13_signature_with_raw_key(
+            message,
+            &SubjectPublicKeyInfoDer::from(key.as_ref()),
+            signed,
+            &self.algorithms,
+        )
+    }
+}
+
+impl ServerCertVerifier for Pinned {
+    fn verify_server_cert(
+        &self,
+        end_entity: &CertificateDer<'_>,
+        _intermediates: &[CertificateDer<'_>],
+        _server_name: &ServerName<'_>,
+        _ocsp_response: &[u8],
+        _now: UnixTime,
+    ) -> Result<ServerCertVerified, Error> {
+        self.check(end_entity).map(|()| ServerCertVerified::assertion())
+    }
+
+    fn verify_tls12_signature(
+        &self,
+        _message: &[u8],
+        _cert: &CertificateDer<'_>,
+        _dss: &DigitallySignedStruct,
+    ) -> Result<HandshakeSignatureValid, Error> {
+        Err(Error::PeerIncompatible(PeerIncompatible::Tls12NotOffered))
+    }
+
+    fn verify_tls13_signature(
+        &self,
+        message: &[u8],
+        cert: &CertificateDer<'_>,
+        dss: &DigitallySignedStruct,
+    ) -> Result<HandshakeSignatureValid, Error> {
+        self.signature(message, cert, dss)
+    }
+
+    fn supported_verify_schemes(&self) -> Vec<SignatureScheme> {
+        vec![SignatureScheme::ED25519]
+    }
+
+    fn requires_raw_public_keys(&self) -> bool {
+        true
+    }
+}
+
+impl ClientCertVerifier for Pinned {
+    fn root_hint_subjects(&self) -> &[DistinguishedName] {
+        &[]
+    }
+
+    fn verify_client_cert(
+        &self,
+        end_entity: &CertificateDer<'_>,
+        _intermediates: &[CertificateDer<'_>],
+        _now: UnixTime,
+    ) -> Result<ClientCertVerified, Error> {
+        self.check(end_entity).map(|()| ClientCertVerified::assertion())
+    }
+
+    fn verify_tls12_signature(
+        &self,
+        _message: &[u8],
+        _cert: &CertificateDer<'_>,
+        _dss: &DigitallySignedStruct,
+    ) -> Result<HandshakeSignatureValid, Error> {
+        Err(Error::PeerIncompatible(PeerIncompatible::Tls12NotOffered))
+    }
+
+    fn verify_tls13_signature(
+        &self,
+        message: &[u8],
+        cert: &CertificateDer<'_>,
+        dss: &DigitallySignedStruct,
+    ) -> Result<HandshakeSignatureValid, Error> {
+        self.signature(message, cert, dss)
+    }
+
+    fn supported_verify_schemes(&self) -> Vec<SignatureScheme> {
+        vec![SignatureScheme::ED25519]
+    }
+
+    fn requires_raw_public_keys(&self) -> bool {
+        true
+    }
+}

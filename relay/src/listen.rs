@@ -1,0 +1,222 @@
+//! Listening sockets: binding them inside the leased range, and accepting under every circumstance.
+
+use std::collections::{HashMap, HashSet};
+use std::net::{IpAddr, SocketAddr, TcpListener as StdListener};
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex};
+use std::time::Duration;
+
+use socket2::{Domain, Protocol, Socket, Type};
+use tokio::net::{TcpListener, TcpStream};
+
+use crate::config::{Listen, Role};
+use crate::connection::lock;
+use crate::errno;
+use crate::relay::{Listener, Relay};
+use crate::workers::Workers;
+
+const BACKLOG: i32 = 4096;
+/// Connections whose key is not proven yet: in total, and from one source.
+const HALF_OPEN: u32 = 512;
+const HALF_OPEN_PER_SOURCE: u32 = 128;
+/// After a shortage of descriptors or memory, how long accepting pauses.
+const PAUSE: Duration = Duration::from_millis(100);
+
+/// Why no socket could be bound: the code and errno of the `failed` event, and words.
+#[derive(Debug)]
+pub struct BindError {
+    pub code: &'static str,
+    pub errno: String,
+    pub message: String,
+}
+
+/// Binds one port for each index and listens on it. All or nothing: an error closes what was bound.
+pub fn bind(listen: &Listen) -> Result<Vec<(Arc<Listener>, StdListener)>, BindError> {
+    let mut taken = HashSet::new();
+    listen.indices.iter().map(|&index| bind_one(listen, index, &mut taken)).collect()
+}
+
+fn bind_one(
+    listen: &Listen,
+    index: u16,
+    taken: &mut HashSet<u16>,
+) -> Result<(Arc<Listener>, StdListener), BindError> {
+    let count = u32::from(listen.last_port - listen.first_port) + 1;
+    // A random start keeps two relays on one range from racing for the same ports.
+    let start = fastrand::u32(..count);
+    let mut last = None;
+    for step in 0..count {
+        let port = listen.first_port + ((start + step) % count) as u16;
+        if port != 0 && taken.contains(&port) {
+            continue;
+        }
+        let address = SocketAddr::new(listen.address, port);
+        match open(address) {
+            Ok(socket) => {
+                let address = socket.local_addr().unwrap_or(address);
+                taken.insert(address.port());
+                let listener = Listener {
+                    index,
+                    address,
+                    active: AtomicU64::new(0),
+                    accepted: AtomicU64::new(0),
+                    refused: AtomicU64::new(0),
+                };
+                return Ok((Arc::new(listener), socket));
+            }
+            // Somebody else's port; the next one may be free.
+            Err(error) if error.kind() == std::io::ErrorKind::AddrInUse => last = Some(error),
+            Err(error) => {
+                return Err(BindError {
+                    code: "bind",
+                    errno: errno::of(&error),
+                    message: format!("cannot listen on {address}: {error}"),
+                });
+            }
+        }
+    }
+    Err(BindError {
+        code: "ports-exhausted",
+        errno: last.as_ref().map_or("EADDRINUSE".into(), errno::of),
+        message: format!(
+            "no port of {}:{}-{} is free for listener {index}: {} are wanted",
+            listen.address,
+            listen.first_port,
+            listen.last_port,
+            listen.indices.len()
+        ),
+    })
+}
+
+fn open(address: SocketAddr) -> std::io::Result<StdListener> {
+    let socket =
+        Socket::new(Domain::for_address(address), Type::STREAM.nonblocking().cloexec(), Some(Protocol::TCP))?;
+    // Ports of ended streams are in TIME_WAIT; they are ours to use again.
+    socket.set_reuse_address(true)?;
+    if address.is_ipv6() {
+        // Exactly the address that was admitted, and not IPv4 through it.
+        socket.set_only_v6(true)?;
+    }
+    socket.bind(&address.into())?;
+    socket.listen(BACKLOG)?;
+    Ok(socket.into())
+}
+
+/// Accepts until the relay drains or ends. No error ends it: a shortage pauses it, anything else concerns one connection.
+pub async fn serve(relay: Arc<Relay>, workers: Arc<Workers>, listener: Arc<Listener>, socket: TcpListener) {
+    let half_open = Arc::new(HalfOpen::default());
+    loop {
+        let accepted = tokio::select! {
+            accepted = socket.accept() => accepted,
+            () = relay.closes_listeners() => return,
+        };
+        match accepted {
+            Ok((stream, source)) => admit(&relay, &workers, &listener, &half_open, stream, source),
+            Err(error) if errno::is_shortage(&error) => {
+                relay.say_shortage(&error);
+                tokio::select! {
+                    () = tokio::time::sleep(PAUSE) => {}
+                    () = relay.closes_listeners() => return,
+                }
+            }
+            // ECONNABORTED and its like: that client is gone, the next one is not.
+            Err(_) => {}
+        }
+    }
+}
+
+/// Turns a connection away with a reset, or gives it a task of its own: nothing of a handshake runs in the accept loop.
+fn admit(
+    relay: &Arc<Relay>,
+    workers: &Workers,
+    listener: &Arc<Listener>,
+    half_open: &Arc<HalfOpen>,
+    stream: TcpStream,
+    source: SocketAddr,
+) {
+    if crate::socket::prepare(&stream, relay.user_timeout()).is_err() {
+        return;
+    }
+    let cause = if relay.config.role == Role::Prod && !relay.has_peers() {
+        Some("no-peers")
+    } else if !relay.admits_source(source.ip()) {
+        Some("source")
+    } else if relay.config.role == Role::Cons
+        && listener.active.load(Ordering::Relaxed) >= u64::from(relay.config.max_connections)
+    {
+        Some("busy")
+    } else {
+        None
+    };
+    if let Some(cause) = cause {
+        return relay.refuse(listener, cause, source.ip());
+    }
+    let (relay, listener) = (relay.clone(), listener.clone());
+    match relay.config.role {
+        Role::Prod => {
+            let Some(ticket) = half_open.enter(source.ip()) else {
+                return relay.refuse(&listener, "half-open", source.ip());
+            };
+            workers.spawn(stream, move |stream| crate::prod::serve(relay, listener, stream, source, ticket));
+        }
+        Role::Cons => {
+            let active = Active::enter(listener.clone());
+            workers.spawn(stream, move |stream| crate::cons::serve(relay, active, stream, source));
+        }
+    }
+}
+
+/// Counts one active connection of a listener until it is dropped.
+pub struct Active(Arc<Listener>);
+
+impl Active {
+    pub fn enter(listener: Arc<Listener>) -> Active {
+        listener.active.fetch_add(1, Ordering::Relaxed);
+        listener.accepted.fetch_add(1, Ordering::Relaxed);
+        Active(listener)
+    }
+
+    pub fn listener(&self) -> &Listener {
+        &self.0
+    }
+}
+
+impl Drop for Active {
+    fn drop(&mut self) {
+        self.0.active.fetch_sub(1, Ordering::Relaxed);
+    }
+}
+
+/// Who has not proven a key yet.
+#[derive(Default)]
+pub struct HalfOpen(Mutex<(u32, HashMap<IpAddr, u32>)>);
+
+/// One place among them, until it is dropped.
+pub struct Ticket(Arc<HalfOpen>, IpAddr);
+
+impl HalfOpen {
+    /// None when too many are in front of the door, in total or from this source.
+    fn enter(self: &Arc<Self>, source: IpAddr) -> Option<Ticket> {
+        let mut waiting = lock(&self.0);
+        let from_source = waiting.1.get(&source).copied().unwrap_or(0);
+        if waiting.0 >= HALF_OPEN || from_source >= HALF_OPEN_PER_SOURCE {
+            return None;
+        }
+        waiting.0 += 1;
+        waiting.1.insert(source, from_source + 1);
+        Some(Ticket(self.clone(), source))
+    }
+}
+
+impl Drop for Ticket {
+    fn drop(&mut self) {
+        let mut waiting = lock(&self.0.0);
+        waiting.0 -= 1;
+        if let Some(count) = waiting.1.get_mut(&self.1) {
+            *count -= 1;
+            if *count == 0 {
+                waiting.1.remove(&self.1);
+            }
+        }
+    }
+}

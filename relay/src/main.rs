@@ -1,0 +1,388 @@
+//! s2ds, the SciStream data server: one process relays one role of one stream. `main` reads as its life.
+
+mod carry;
+mod client;
+mod config;
+mod connection;
+mod cons;
+mod control;
+mod errno;
+mod events;
+mod gauge;
+mod key;
+mod launch;
+mod listen;
+mod pipe;
+mod preamble;
+mod prod;
+mod relay;
+mod resources;
+mod runtime_dir;
+mod socket;
+mod splice;
+mod supervise;
+mod tls;
+mod tls_copy;
+mod workers;
+
+use std::io::Read;
+use std::path::{Path, PathBuf};
+use std::process::ExitCode;
+use std::sync::Arc;
+use std::time::Duration;
+
+use serde_json::{Value, json};
+use tokio::net::TcpListener;
+use tokio::signal::unix::{SignalKind, signal};
+
+use crate::client::Refusal;
+use crate::config::{Config, PROTOCOL, RelayId, Role};
+use crate::events::Events;
+use crate::key::Identity;
+use crate::relay::{End, Reason, Relay, State};
+use crate::runtime_dir::RuntimeDir;
+use crate::workers::Workers;
+
+const USAGE: &str = "\
+Usage: s2ds COMMAND [--runtime-dir DIR]
+
+  start                         start a relay from the JSON on stdin, in the background
+  run                           the same in the foreground, events on stdout
+  status RELAY_ID               what it does, or how it ended
+  update RELAY_ID               change targets, peers, sources, lease_s or rate_mbits_per_s: JSON on stdin
+  renew RELAY_ID --lease-s N    extend its lease
+  drain RELAY_ID [--deadline-s N]
+  stop RELAY_ID [--reason released|admin]
+  forget RELAY_ID               remove the log of a relay that has ended
+  list                          the relays of this runtime directory
+  version [--format json]
+
+docs/relay.md describes every document.
+";
+
+const EXIT_FAILED: u8 = 1;
+const EXIT_CUT: u8 = 3;
+const EXIT_USAGE: u8 = 64;
+/// No configuration is longer than this.
+const LONGEST_CONFIGURATION_BYTES: u64 = 4 << 20;
+/// After the end, how long connections have to close their books.
+const CLOSING: Duration = Duration::from_secs(1);
+/// More threads than this were never faster; see the measurements in docs/architecture.md.
+const MOST_WORKERS: usize = 1;
+
+fn main() -> ExitCode {
+    let arguments = match Arguments::parse() {
+        Ok(arguments) => arguments,
+        Err(message) => {
+            eprintln!("s2ds: {message}\n\n{USAGE}");
+            return ExitCode::from(EXIT_USAGE);
+        }
+    };
+    let directory = RuntimeDir::choose(arguments.runtime_dir.clone());
+    match arguments.command.as_str() {
+        "start" => launch::start(&read_stdin(), &directory),
+        "run" => run(&read_stdin(), &directory, arguments.detached),
+        "version" => {
+            let version = env!("CARGO_PKG_VERSION");
+            if arguments.json {
+                println!("{}", json!({"name": "s2ds", "version": version, "protocol": PROTOCOL}));
+            } else {
+                println!("s2ds {version} (protocol {PROTOCOL})");
+            }
+            ExitCode::SUCCESS
+        }
+        "help" => {
+            print!("{USAGE}");
+            ExitCode::SUCCESS
+        }
+        _ => match command(&arguments, &directory) {
+            Ok(document) => {
+                println!("{document}");
+                ExitCode::SUCCESS
+            }
+            Err(refusal) => {
+                println!("{}", refusal.document());
+                eprintln!("s2ds: {}", refusal.message);
+                ExitCode::from(EXIT_FAILED)
+            }
+        },
+    }
+}
+
+/// The verbs of a control client.
+fn command(arguments: &Arguments, directory: &Path) -> Result<Value, Refusal> {
+    let dir = RuntimeDir::enter(directory).map_err(|message| Refusal::new("io", message))?;
+    let request = |verb: &str, field: &str, value: Value| {
+        let mut request = json!({"protocol": PROTOCOL, "verb": verb});
+        if !field.is_empty() {
+            request[field] = value;
+        }
+        request
+    };
+    let Some(relay_id) = &arguments.relay_id else { return client::list(&dir) };
+    match arguments.command.as_str() {
+        "status" => client::ask(&dir, relay_id, request("status", "", Value::Null), true),
+        "update" => {
+            let changes: Value = serde_json::from_slice(&read_stdin())
+                .map_err(|error| Refusal::new("bad-request", format!("changes on stdin: {error}")))?;
+            client::ask(&dir, relay_id, request("update", "changes", changes), false)
+        }
+        "renew" => client::ask(&dir, relay_id, request("renew", "lease_s", json!(arguments.lease_s)), false),
+        "drain" => {
+            client::ask(&dir, relay_id, request("drain", "deadline_s", json!(arguments.deadline_s)), true)
+        }
+        "stop" => client::ask(&dir, relay_id, request("stop", "reason", json!(arguments.reason)), true),
+        _ => client::forget(&dir, relay_id),
+    }
+}
+
+/// The life of a relay: read, bind, say ready, serve, end.
+fn run(configuration: &[u8], directory: &Path, detached: bool) -> ExitCode {
+    if detached {
+        // Fails only for a leader of a group, which a detached relay is not.
+        let _ = rustix::process::setsid();
+    }
+    let events = Arc::new(Events::new(detached));
+    // Detached, stdout is the log and stderr the launcher, who reads one line and leaves.
+    let say = |event: &str, fields: Value| {
+        if detached {
+            eprint!("{}", events::line(event, fields.clone()));
+        }
+        events.emit(event, fields);
+    };
+    let failed = |exit: u8, code: &str, errno: Option<&str>, message: &str| {
+        say("failed", json!({"code": code, "errno": errno, "message": message}));
+        if !detached {
+            eprintln!("s2ds: {message}");
+        }
+        ExitCode::from(exit)
+    };
+    let config = match Config::parse(configuration) {
+        Ok(config) => config,
+        Err(message) => return failed(EXIT_USAGE, "bad-config", None, &message),
+    };
+    let dir = match RuntimeDir::enter(directory) {
+        Ok(dir) => dir,
+        Err(message) => return failed(EXIT_FAILED, "io", None, &message),
+    };
+    raise_descriptor_limit();
+    let bound = match listen::bind(&config.listen) {
+        Ok(bound) => bound,
+        Err(error) => return failed(EXIT_FAILED, error.code, Some(&error.errno), &error.message),
+    };
+    let identity = match Identity::generate() {
+        Ok(identity) => identity,
+        Err(error) => return failed(EXIT_FAILED, "io", None, &format!("key pair: {error}")),
+    };
+    let runtime = match tokio::runtime::Builder::new_current_thread().enable_all().build() {
+        Ok(runtime) => runtime,
+        Err(error) => {
+            return failed(EXIT_FAILED, "io", Some(&errno::of(&error)), &format!("runtime: {error}"));
+        }
+    };
+    let relay_id = config.relay_id;
+    let outcome = runtime.block_on(async {
+        let control = control::bind(&dir.socket(&relay_id))
+            .map_err(|error| (errno::of(&error), format!("control socket: {error}")))?;
+        let mut sockets = Vec::new();
+        let mut listeners = Vec::new();
+        for (listener, socket) in bound {
+            let socket =
+                TcpListener::from_std(socket).map_err(|error| (errno::of(&error), error.to_string()))?;
+            listeners.push(listener.clone());
+            sockets.push((listener, socket));
+        }
+        let workers = std::thread::available_parallelism().map_or(1, |cores| cores.get().min(MOST_WORKERS));
+        let workers =
+            Arc::new(Workers::start(workers).map_err(|error| (errno::of(&error), error.to_string()))?);
+        say(
+            "ready",
+            json!({
+                "relay_id": relay_id,
+                "pid": std::process::id(),
+                "public_key": identity.public,
+                "listeners": listeners
+                    .iter()
+                    .map(|listener| json!({"index": listener.index, "address": listener.address}))
+                    .collect::<Vec<_>>(),
+            }),
+        );
+        if detached {
+            silence_stderr();
+        }
+        let relay = Relay::new(config, identity, events.clone(), listeners)
+            .map_err(|error| (String::new(), format!("TLS: {error}")))?;
+        Ok(serve(Arc::new(relay), workers, sockets, control).await)
+    });
+    let _ = std::fs::remove_file(dir.socket(&relay_id));
+    match outcome {
+        Ok(end) => ExitCode::from(match end {
+            End { cut: true, .. } => EXIT_CUT,
+            End { reason, .. } if reason.state() == State::Failed => EXIT_FAILED,
+            _ => 0,
+        }),
+        Err((errno, message)) => failed(EXIT_FAILED, "io", Some(&errno), &message),
+    }
+}
+
+/// Everything between ready and the end record.
+async fn serve(
+    relay: Arc<Relay>,
+    workers: Arc<Workers>,
+    sockets: Vec<(Arc<relay::Listener>, TcpListener)>,
+    control: tokio::net::UnixListener,
+) -> End {
+    let control = tokio::spawn(control::serve(relay.clone(), control));
+    let accepting: Vec<_> = sockets
+        .into_iter()
+        .map(|(listener, socket)| {
+            tokio::spawn(listen::serve(relay.clone(), workers.clone(), listener, socket))
+        })
+        .collect();
+    let probing = (relay.config.role == Role::Cons).then(|| tokio::spawn(cons::probe(relay.clone())));
+    let signals = tokio::spawn(obey_signals(relay.clone()));
+
+    let end = supervise::supervise(&relay).await;
+
+    for task in accepting {
+        let _ = task.await;
+    }
+    if let Some(probing) = probing {
+        probing.abort();
+    }
+    close_all(&relay).await;
+    relay.say_refusals();
+    relay.consider(std::time::Instant::now());
+    let record = relay.end_record(&end);
+    relay.record.send_replace(Some(relay.events.end(record)));
+    let _ = control.await;
+    signals.abort();
+    end
+}
+
+/// Resets what is still open and waits until its bytes are counted.
+async fn close_all(relay: &Relay) {
+    relay.drop_kept();
+    for connection in relay.connections() {
+        connection.cut("ended");
+    }
+    let closed = async {
+        while !relay.connections().is_empty() {
+            tokio::time::sleep(Duration::from_millis(1)).await;
+        }
+    };
+    let _ = tokio::time::timeout(CLOSING, closed).await;
+}
+
+/// SIGTERM and SIGINT drain; the second one ends. SIGHUP is nobody's word here.
+async fn obey_signals(relay: Arc<Relay>) {
+    let (Ok(mut terminate), Ok(mut interrupt), Ok(mut hangup)) =
+        (signal(SignalKind::terminate()), signal(SignalKind::interrupt()), signal(SignalKind::hangup()))
+    else {
+        return;
+    };
+    loop {
+        tokio::select! {
+            _ = terminate.recv() => {}
+            _ = interrupt.recv() => {}
+            _ = hangup.recv() => continue,
+        }
+        if relay.is_draining() {
+            relay.end(Reason::Admin, Some("ended by a second signal".into()), true);
+        } else {
+            relay.drain(Duration::from_secs_f64(relay.config.drain_s), Reason::Admin);
+        }
+    }
+}
+
+/// The soft limit is a default for programs that do not count; we need the hard one.
+fn raise_descriptor_limit() {
+    use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
+    let limit = getrlimit(Resource::Nofile);
+    let _ = setrlimit(Resource::Nofile, Rlimit { current: limit.maximum, maximum: limit.maximum });
+}
+
+/// The launcher has read the ready line; nobody reads what comes after it.
+fn silence_stderr() {
+    if let Ok(null) = std::fs::OpenOptions::new().write(true).open("/dev/null") {
+        let _ = rustix::stdio::dup2_stderr(&null);
+    }
+}
+
+fn read_stdin() -> Vec<u8> {
+    let mut text = Vec::new();
+    // An unreadable stdin is an empty document, which is refused by name.
+    let _ = std::io::stdin().lock().take(LONGEST_CONFIGURATION_BYTES).read_to_end(&mut text);
+    text
+}
+
+#[derive(Default)]
+struct Arguments {
+    command: String,
+    relay_id: Option<RelayId>,
+    runtime_dir: Option<PathBuf>,
+    detached: bool,
+    json: bool,
+    lease_s: f64,
+    deadline_s: f64,
+    reason: String,
+}
+
+impl Arguments {
+    fn parse() -> Result<Arguments, String> {
+        use lexopt::prelude::*;
+        let mut arguments = Arguments { deadline_s: 30.0, reason: "released".into(), ..Arguments::default() };
+        let mut lease = false;
+        let mut parser = lexopt::Parser::from_env();
+        let said = |error: lexopt::Error| error.to_string();
+        while let Some(argument) = parser.next().map_err(said)? {
+            match argument {
+                Value(value) if arguments.command.is_empty() => {
+                    arguments.command = value.string().map_err(said)?;
+                }
+                Value(value) if arguments.relay_id.is_none() && takes_relay(&arguments.command) => {
+                    arguments.relay_id = Some(value.string().map_err(said)?.parse()?);
+                }
+                Long("runtime-dir") => arguments.runtime_dir = Some(parser.value().map_err(said)?.into()),
+                Long("detached") if arguments.command == "run" => arguments.detached = true,
+                Long("lease-s") if arguments.command == "renew" => {
+                    arguments.lease_s = parser.value().and_then(|value| value.parse()).map_err(said)?;
+                    lease = true;
+                }
+                Long("deadline-s") if arguments.command == "drain" => {
+                    arguments.deadline_s = parser.value().and_then(|value| value.parse()).map_err(said)?;
+                }
+                Long("reason") if arguments.command == "stop" => {
+                    arguments.reason = parser.value().and_then(|value| value.string()).map_err(said)?;
+                    if !["released", "admin"].contains(&arguments.reason.as_str()) {
+                        return Err(format!("--reason {}: released or admin", arguments.reason));
+                    }
+                }
+                Long("format") if arguments.command == "version" => {
+                    let format = parser.value().and_then(|value| value.string()).map_err(said)?;
+                    if format != "json" {
+                        return Err(format!("--format {format}: only json is known"));
+                    }
+                    arguments.json = true;
+                }
+                Long("version") | Short('V') if arguments.command.is_empty() => {
+                    arguments.command = "version".into()
+                }
+                Long("help") | Short('h') => arguments.command = "help".into(),
+                other => return Err(other.unexpected().to_string()),
+            }
+        }
+        match arguments.command.as_str() {
+            "" => Err("no command was given".into()),
+            "start" | "run" | "list" | "version" | "help" => Ok(arguments),
+            "renew" if !lease => Err("renew needs --lease-s".into()),
+            command if takes_relay(command) && arguments.relay_id.is_some() => Ok(arguments),
+            command if takes_relay(command) => Err(format!("{command} needs a RELAY_ID")),
+            command => Err(format!("unknown command '{command}'")),
+        }
+    }
+}
+
+fn takes_relay(command: &str) -> bool {
+    ["status", "update", "renew", "drain", "stop", "forget"].contains(&command)
+}

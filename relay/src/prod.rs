@@ -1,0 +1,250 @@
+//! The PROD side of a WAN connection: prove the peer, read what it wants, connect onwards, answer, carry.
+
+use std::io;
+use std::net::SocketAddr;
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+use std::time::Instant;
+
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use tokio::net::TcpStream;
+
+use crate::carry::carry;
+use crate::config::Mode;
+use crate::errno;
+use crate::listen::{Active, Ticket};
+use crate::preamble::{Answer, Kind, REQUEST_BYTES, Request, Verdict};
+use crate::relay::{Closing, Listener, ProbeResult, Relay};
+use crate::socket::{close_in_order, connect, read_exact, shutdown_write, write_all};
+use crate::tls::{HandshakeError, Session};
+
+/// Serves one WAN connection to its end. Until the peer is proven it holds a place among the half-open and nothing else.
+pub async fn serve(
+    relay: Arc<Relay>,
+    listener: Arc<Listener>,
+    stream: TcpStream,
+    source: SocketAddr,
+    ticket: Ticket,
+) {
+    let greeting = tokio::time::timeout(relay.handshake_timeout(), greet(&relay, &stream, source)).await;
+    drop(ticket);
+    let (session, request) = match greeting {
+        Ok(Ok(greeted)) => greeted,
+        // Dropping the stream resets it: a stranger learns nothing more.
+        Ok(Err(cause)) => return relay.refuse(&listener, cause, source.ip()),
+        Err(_) => return relay.refuse(&listener, "handshake-timeout", source.ip()),
+    };
+    if relay.config.mode.proves_keys() && request.lease_s > 0 {
+        relay.renew_from_peer(request.lease_s);
+    }
+    let wan = Wan { relay: &relay, stream, session };
+    if request.mode != relay.config.mode {
+        return wan.refuse(Verdict::Protocol).await;
+    }
+    if request.relay_id != relay.config.relay_id || request.listener != listener.index {
+        return wan.refuse(Verdict::Denied).await;
+    }
+    let Some(target) = relay.target(listener.index) else {
+        return wan.refuse(Verdict::NotReady).await;
+    };
+    if relay.is_draining() {
+        return wan.refuse(Verdict::Busy).await;
+    }
+    match request.kind {
+        Kind::Data => serve_data(wan, listener, source, target).await,
+        Kind::ProbePath => wan.pass(&listener, Kind::ProbePath).await,
+        Kind::ProbeTarget => serve_probe(wan, listener, target).await,
+    }
+}
+
+/// The handshake, if the mode has one, and the request. The error is the cause that is counted.
+async fn greet(
+    relay: &Relay,
+    stream: &TcpStream,
+    source: SocketAddr,
+) -> Result<(Option<Session>, Request), &'static str> {
+    let mut message = [0; REQUEST_BYTES];
+    let session = if relay.config.mode == Mode::None {
+        read_exact(stream, &mut message).await.map_err(|_| "preamble")?;
+        None
+    } else {
+        let cause = |error| match error {
+            HandshakeError::Io(_) => "handshake-cut",
+            HandshakeError::Tls(_) => "handshake-rejected",
+        };
+        let config = relay.server_config();
+        let mut session = Session::server(config).map_err(|error| cause(HandshakeError::Tls(error)))?;
+        session.handshake(stream).await.map_err(cause)?;
+        // The handshake admits any current peer's key; this one must also come from where its owner said.
+        if !session.peer_key().is_some_and(|key| relay.admits_peer(key, source.ip())) {
+            return Err("peer-source");
+        }
+        session.read_exact(stream, &mut message).await.map_err(cause)?;
+        Some(session)
+    };
+    let request = Request::decode(&message).map_err(|_| "preamble")?;
+    Ok((session, request))
+}
+
+/// Connects to the application and keeps that connection for the first user, so that a server which takes one session only
+/// never sees one that is empty. One probe at a time: two would make two connections.
+async fn serve_probe(mut wan: Wan<'_>, listener: Arc<Listener>, target: SocketAddr) {
+    let relay = wan.relay;
+    {
+        let _one_at_a_time = relay.probing.lock().await;
+        if !relay.is_proven(target) {
+            match onward(relay, target).await {
+                Ok(stream) => relay.keep(target, stream),
+                Err(error) => return wan.unreachable(target, &error).await,
+            }
+        }
+    }
+    relay.note_probe(ProbeResult { result: "ok", errno: None, address: Some(target), at: Instant::now() });
+    wan.pass(&listener, Kind::ProbeTarget).await;
+}
+
+async fn serve_data(mut wan: Wan<'_>, listener: Arc<Listener>, source: SocketAddr, target: SocketAddr) {
+    let relay = wan.relay;
+    if listener.active.load(Ordering::Relaxed) >= u64::from(relay.config.max_connections) {
+        relay.refuse(&listener, "busy", source.ip());
+        return wan.refuse(Verdict::Busy).await;
+    }
+    let active = Active::enter(listener);
+    let connection = relay.open(active.listener(), source);
+    let lan = match first_or_fresh(relay, target).await {
+        Ok(lan) => lan,
+        Err(error) => {
+            wan.unreachable(target, &error).await;
+            let closing = Closing { reason: "unreachable", abort: None, text: Some(errno::of(&error)) };
+            return relay.close(&connection, Some(closing));
+        }
+    };
+    match wan.accept().await {
+        Ok((stream, session)) => carry(relay, &connection, target, lan, stream, session).await,
+        Err(text) => {
+            relay.close(&connection, Some(Closing { reason: "peer", abort: None, text: Some(text) }))
+        }
+    }
+}
+
+async fn onward(relay: &Relay, target: SocketAddr) -> io::Result<TcpStream> {
+    connect(target, relay.config.onward_source, relay.connect_timeout(), relay.user_timeout()).await
+}
+
+/// The connection that a probe left, or a new one. An application may have given up on a kept one (ZeroMQ closes after 30 s
+/// without a greeting), so one whose peer has closed is used only if no new one can be had: then it is the session of a
+/// server that speaks first, closes, and is gone.
+async fn first_or_fresh(relay: &Relay, target: SocketAddr) -> io::Result<TcpStream> {
+    let Some(kept) = relay.take_kept(target) else { return onward(relay, target).await };
+    // It was registered with the runtime of the worker that probed.
+    let kept = TcpStream::from_std(kept.into_std()?)?;
+    match health(&kept) {
+        Health::Open => Ok(kept),
+        Health::PeerClosed => match onward(relay, target).await {
+            Ok(fresh) => {
+                close_in_order(&kept);
+                Ok(fresh)
+            }
+            Err(_) => Ok(kept),
+        },
+        Health::Broken => onward(relay, target).await,
+    }
+}
+
+enum Health {
+    Open,
+    PeerClosed,
+    Broken,
+}
+
+fn health(stream: &TcpStream) -> Health {
+    let mut watched = [PollFd::new(stream, PollFlags::RDHUP)];
+    match poll(&mut watched, Some(&Timespec::default())) {
+        Ok(_) if watched[0].revents().intersects(PollFlags::ERR | PollFlags::HUP) => Health::Broken,
+        Ok(_) if watched[0].revents().contains(PollFlags::RDHUP) => Health::PeerClosed,
+        _ => Health::Open,
+    }
+}
+
+/// The WAN side of a connection that is being answered.
+struct Wan<'a> {
+    relay: &'a Relay,
+    stream: TcpStream,
+    session: Option<Session>,
+}
+
+impl Wan<'_> {
+    /// Answers and closes in order, so that the answer arrives even if a segment is lost on the way.
+    async fn refuse(mut self, verdict: Verdict) {
+        let _ = self.answer(Answer::of(verdict)).await;
+        self.close().await;
+    }
+
+    async fn unreachable(&mut self, target: SocketAddr, error: &io::Error) {
+        let errno = Some(errno::of(error));
+        self.relay.note_probe(ProbeResult {
+            result: "unreachable",
+            errno,
+            address: Some(target),
+            at: Instant::now(),
+        });
+        let answer = Answer { errno: errno::number(error) as u16, ..Answer::of(Verdict::Unreachable) };
+        let _ = self.answer(answer).await;
+        self.close().await;
+    }
+
+    async fn pass(mut self, listener: &Listener, kind: Kind) {
+        if self.answer(Answer::of(Verdict::Ok)).await.is_ok() {
+            self.relay.probed(listener.index, kind);
+        }
+        self.close().await;
+    }
+
+    /// Says ok; what follows is payload. In mode `auth` both sides end TLS here.
+    async fn accept(mut self) -> Result<(TcpStream, Option<Session>), String> {
+        let timeout = self.relay.handshake_timeout();
+        let hand_over = async {
+            match self.relay.config.mode {
+                Mode::None | Mode::Tls => self.answer(Answer::of(Verdict::Ok)).await,
+                Mode::Auth => {
+                    self.answer(Answer::of(Verdict::Ok)).await?;
+                    if let Some(session) = &mut self.session {
+                        session.send_close_notify()?;
+                        session.flush(&self.stream).await?;
+                        session.read_close_notify(&self.stream).await?;
+                    }
+                    self.session = None;
+                    Ok(())
+                }
+            }
+        };
+        match tokio::time::timeout(timeout, hand_over).await {
+            Ok(Ok(())) => Ok((self.stream, self.session)),
+            Ok(Err(HandshakeError::Io(error))) => Err(errno::of(&error)),
+            Ok(Err(HandshakeError::Tls(error))) => Err(error.to_string()),
+            Err(_) => Err("ETIMEDOUT".into()),
+        }
+    }
+
+    async fn answer(&mut self, mut answer: Answer) -> Result<(), HandshakeError> {
+        answer.lease_s = self.relay.lease_remaining_s() as u32;
+        match &mut self.session {
+            Some(session) => {
+                session.send(&answer.encode())?;
+                session.flush(&self.stream).await?;
+            }
+            None => write_all(&self.stream, &answer.encode()).await?,
+        }
+        Ok(())
+    }
+
+    async fn close(&mut self) {
+        if let Some(session) = &mut self.session {
+            if session.send_close_notify().is_ok() {
+                let _ = session.flush(&self.stream).await;
+            }
+        }
+        let _ = shutdown_write(&self.stream);
+        close_in_order(&self.stream);
+    }
+}

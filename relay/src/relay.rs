@@ -1,0 +1,778 @@
+//! What one relay is: its configuration, its keys, and the state that listeners, connections, the supervisor and the control
+//! socket share.
+
+use std::collections::{BTreeMap, HashMap};
+use std::net::{IpAddr, SocketAddr};
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, RwLock};
+use std::time::{Duration, Instant};
+
+use rustls::{ClientConfig, ServerConfig};
+use serde::Serialize;
+use serde_json::{Value, json};
+use tokio::net::TcpStream;
+use tokio::sync::{Notify, watch};
+
+use crate::config::{Changes, Config, Network, PROTOCOL, Peer, Probe, RelayId, Role};
+use crate::connection::{Connection, lock};
+use crate::events::Events;
+use crate::gauge;
+use crate::key::{Identity, PublicKey};
+use crate::preamble::Kind;
+
+#[derive(Clone, Copy, Debug, Eq, PartialEq, Serialize)]
+#[serde(rename_all = "SCREAMING_SNAKE_CASE")]
+pub enum State {
+    WaitingHello,
+    Listening,
+    Ready,
+    Streaming,
+    Draining,
+    Ended,
+    Failed,
+}
+
+#[derive(Clone, Copy, Debug, Eq, PartialEq, Serialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Reason {
+    Finished,
+    Released,
+    LeaseExpired,
+    LifetimeReached,
+    HelloTimeout,
+    AbortedByProducer,
+    AbortedByConsumer,
+    TargetUnreachable,
+    PeerRejected,
+    RelayLost,
+    Admin,
+}
+
+impl Reason {
+    /// Whether an end for this reason is one that somebody wanted.
+    pub fn state(self) -> State {
+        match self {
+            Reason::Finished
+            | Reason::Released
+            | Reason::LeaseExpired
+            | Reason::LifetimeReached
+            | Reason::Admin => State::Ended,
+            _ => State::Failed,
+        }
+    }
+}
+
+/// One attempt to get through to the other side, as `status` reports it.
+#[derive(Clone, Debug)]
+pub struct ProbeResult {
+    pub result: &'static str,
+    pub errno: Option<String>,
+    pub address: Option<SocketAddr>,
+    pub at: Instant,
+}
+
+/// How a relay ended.
+#[derive(Clone, Debug)]
+pub struct End {
+    pub reason: Reason,
+    pub message: Option<String>,
+    /// The drain deadline cut connections.
+    pub cut: bool,
+}
+
+/// The counters of one listening socket.
+#[derive(Debug)]
+pub struct Listener {
+    pub index: u16,
+    pub address: SocketAddr,
+    pub active: AtomicU64,
+    pub accepted: AtomicU64,
+    pub refused: AtomicU64,
+}
+
+pub struct Relay {
+    pub config: Config,
+    pub identity: Identity,
+    pub events: Arc<Events>,
+    pub listeners: Vec<Arc<Listener>>,
+    /// The keys that a handshake admits at this moment.
+    pub admitted: Arc<RwLock<Vec<PublicKey>>>,
+    /// Wakes the supervisor before its next tick.
+    pub wake: Notify,
+    /// Wakes the prober: peers have changed, or a lease is to be passed on.
+    pub probe_wake: Notify,
+    /// One probe of a target at a time.
+    pub probing: tokio::sync::Mutex<()>,
+    server_config: Arc<ServerConfig>,
+    started: Instant,
+    live: Mutex<Live>,
+    accepting: watch::Sender<bool>,
+    ended: watch::Sender<Option<End>>,
+    /// The end record, once everything is closed.
+    pub record: watch::Sender<Option<Value>>,
+    next_connection: AtomicU64,
+}
+
+/// What changes while the relay lives.
+struct Live {
+    targets: Vec<SocketAddr>,
+    peers: Vec<Peer>,
+    sources: Vec<Network>,
+    rate_mbits_per_s: u64,
+    lease: Duration,
+    lease_end: Instant,
+    lease_to_pass_on: Option<u32>,
+    hello_end: Option<Instant>,
+    proof: Option<Probe>,
+    probed_listeners: BTreeMap<u16, Probe>,
+    last_probe: Option<ProbeResult>,
+    kept: HashMap<SocketAddr, TcpStream>,
+    proven_targets: Vec<SocketAddr>,
+    drain_end: Option<Instant>,
+    drain_reason: Reason,
+    connections: BTreeMap<u64, Arc<Connection>>,
+    total: u64,
+    refused: u64,
+    refusals: HashMap<&'static str, (u64, IpAddr)>,
+    first_abort: Option<(Reason, String)>,
+    aborted: u64,
+    carried: Carried,
+    last_close: Option<Instant>,
+    said: Option<State>,
+}
+
+/// Bytes of connections that have closed.
+#[derive(Clone, Copy, Debug, Default)]
+struct Carried {
+    to_consumer: u64,
+    to_producer: u64,
+}
+
+impl Relay {
+    pub fn new(
+        config: Config,
+        identity: Identity,
+        events: Arc<Events>,
+        listeners: Vec<Arc<Listener>>,
+    ) -> Result<Relay, rustls::Error> {
+        let now = Instant::now();
+        let lease = Duration::from_secs_f64(config.lease_s.min(config.lifetime_s));
+        let admitted = Arc::new(RwLock::new(config.peers.iter().map(|peer| peer.public_key).collect()));
+        Ok(Relay {
+            server_config: identity.server(admitted.clone())?,
+            admitted,
+            probing: tokio::sync::Mutex::new(()),
+            accepting: watch::Sender::new(true),
+            record: watch::Sender::new(None),
+            wake: Notify::new(),
+            probe_wake: Notify::new(),
+            started: now,
+            live: Mutex::new(Live {
+                targets: config.targets.clone(),
+                peers: config.peers.clone(),
+                sources: config.sources.clone(),
+                rate_mbits_per_s: config.rate_mbits_per_s,
+                lease,
+                lease_end: now + lease,
+                lease_to_pass_on: None,
+                hello_end: Some(now + Duration::from_secs_f64(config.hello_timeout_s)),
+                proof: None,
+                probed_listeners: BTreeMap::new(),
+                last_probe: None,
+                kept: HashMap::new(),
+                proven_targets: Vec::new(),
+                drain_end: None,
+                drain_reason: Reason::Released,
+                connections: BTreeMap::new(),
+                total: 0,
+                refused: 0,
+                refusals: HashMap::new(),
+                first_abort: None,
+                aborted: 0,
+                carried: Carried::default(),
+                last_close: None,
+                said: None,
+            }),
+            ended: watch::Sender::new(None),
+            next_connection: AtomicU64::new(1),
+            config,
+            identity,
+            events,
+            listeners,
+        })
+    }
+
+    fn live(&self) -> std::sync::MutexGuard<'_, Live> {
+        lock(&self.live)
+    }
+
+    pub fn user_timeout(&self) -> Duration {
+        Duration::from_secs_f64(self.config.user_timeout_s)
+    }
+
+    pub fn connect_timeout(&self) -> Duration {
+        Duration::from_secs_f64(self.config.connect_timeout_s)
+    }
+
+    pub fn handshake_timeout(&self) -> Duration {
+        Duration::from_secs_f64(self.config.handshake_timeout_s)
+    }
+
+    pub fn server_config(&self) -> Arc<ServerConfig> {
+        self.server_config.clone()
+    }
+
+    pub fn client_config(&self, pin: PublicKey) -> Result<Arc<ClientConfig>, rustls::Error> {
+        self.identity.client(pin)
+    }
+
+    // ---- who may connect, and where to ----
+
+    /// The LAN sources of a CONS relay. On a PROD relay the configured sources, and those of each peer.
+    pub fn admits_source(&self, address: IpAddr) -> bool {
+        let live = self.live();
+        live.sources.iter().any(|network| network.contains(address))
+            || live.peers.iter().any(|peer| peer.source_addresses.iter().any(|network| network.contains(address)))
+            // A key that may come from anywhere: the handshake decides.
+            || (self.config.mode.proves_keys() && live.peers.iter().any(|peer| peer.source_addresses.is_empty()))
+    }
+
+    /// The proven key belongs to a peer that may come from this address.
+    pub fn admits_peer(&self, key: PublicKey, address: IpAddr) -> bool {
+        let live = self.live();
+        live.peers.iter().filter(|peer| peer.public_key == key).any(|peer| {
+            peer.source_addresses.is_empty()
+                || peer.source_addresses.iter().any(|network| network.contains(address))
+                || live.sources.iter().any(|network| network.contains(address))
+        })
+    }
+
+    pub fn has_peers(&self) -> bool {
+        !self.live().peers.is_empty()
+    }
+
+    /// Where listener `index` of a PROD relay leads.
+    pub fn target(&self, index: u16) -> Option<SocketAddr> {
+        let live = self.live();
+        (!live.targets.is_empty()).then(|| live.targets[usize::from(index) % live.targets.len()])
+    }
+
+    /// The PROD listener that LAN listener `index` of a CONS relay dials: the (index mod n)-th by its number.
+    pub fn dial(&self, index: u16) -> Option<Dial> {
+        let dials = self.dials();
+        (!dials.is_empty()).then(|| dials[usize::from(index) % dials.len()].clone())
+    }
+
+    /// Every PROD listener, by its number.
+    pub fn dials(&self) -> Vec<Dial> {
+        let live = self.live();
+        let mut dials: Vec<Dial> = live
+            .peers
+            .iter()
+            .filter_map(|peer| peer.relay_id.map(|relay_id| (peer, relay_id)))
+            .flat_map(|(peer, relay_id)| {
+                peer.listeners.iter().map(move |listener| Dial {
+                    relay_id,
+                    public_key: peer.public_key,
+                    index: listener.index,
+                    address: listener.address,
+                })
+            })
+            .collect();
+        dials.sort_by_key(|dial| dial.index);
+        dials
+    }
+
+    // ---- the connection that a probe leaves for the first user of a target ----
+
+    /// A probe of this target needs no connection of its own: one is kept, or has been used already.
+    pub fn is_proven(&self, target: SocketAddr) -> bool {
+        self.live().proven_targets.contains(&target)
+    }
+
+    /// Keeps a probe's connection for the first data connection to the same target. Of two probes at a time one loses, and
+    /// its connection closes.
+    pub fn keep(&self, target: SocketAddr, stream: TcpStream) {
+        let mut live = self.live();
+        if live.targets.contains(&target) && !live.proven_targets.contains(&target) {
+            live.proven_targets.push(target);
+            live.kept.insert(target, stream);
+        } else {
+            crate::socket::close_in_order(&stream);
+        }
+    }
+
+    pub fn take_kept(&self, target: SocketAddr) -> Option<TcpStream> {
+        self.live().kept.remove(&target)
+    }
+
+    /// An application that never was used gets an ordinary close.
+    pub fn drop_kept(&self) {
+        for (_, stream) in self.live().kept.drain() {
+            crate::socket::close_in_order(&stream);
+        }
+    }
+
+    // ---- probes ----
+
+    /// A PROD relay has answered a probe of one of its listeners with ok.
+    pub fn probed(&self, index: u16, kind: Kind) {
+        let mut live = self.live();
+        let proof = if kind == Kind::ProbeTarget { Probe::Target } else { Probe::Path };
+        let held = live.probed_listeners.entry(index).or_insert(proof);
+        if proof == Probe::Target {
+            *held = Probe::Target;
+        }
+        if live.probed_listeners.len() == self.listeners.len() {
+            let path_only = live.probed_listeners.values().any(|proof| *proof == Probe::Path);
+            live.proof = Some(if path_only { Probe::Path } else { Probe::Target });
+            live.hello_end = None;
+        }
+        drop(live);
+        self.wake.notify_one();
+    }
+
+    /// Every PROD listener has answered a CONS relay.
+    pub fn proven(&self, proof: Probe) {
+        let mut live = self.live();
+        live.proof = Some(proof);
+        live.hello_end = None;
+        drop(live);
+        self.wake.notify_one();
+    }
+
+    pub fn is_proven_through(&self) -> bool {
+        self.live().proof.is_some()
+    }
+
+    pub fn note_probe(&self, result: ProbeResult) {
+        self.live().last_probe = Some(result);
+    }
+
+    // ---- connections ----
+
+    /// Registers an accepted connection.
+    pub fn open(&self, listener: &Listener, source: SocketAddr) -> Arc<Connection> {
+        let id = self.next_connection.fetch_add(1, Ordering::Relaxed);
+        let connection = Arc::new(Connection::new(id, listener.index, source, self.config.role));
+        self.live().connections.insert(id, connection.clone());
+        connection
+    }
+
+    /// Both sides are connected: from here on it counts as a data connection.
+    pub fn streaming(&self, connection: &Connection) {
+        let mut live = self.live();
+        live.total += 1;
+        live.hello_end = None;
+        drop(live);
+        self.events.emit("open", connection.describe());
+        self.wake.notify_one();
+    }
+
+    /// Removes a connection and adds it up. `reason` is None when it never was a data connection.
+    pub fn close(&self, connection: &Connection, reason: Option<Closing>) {
+        let mut live = self.live();
+        if live.connections.remove(&connection.id).is_none() {
+            return;
+        }
+        live.carried.to_consumer += connection.to_consumer().bytes();
+        live.carried.to_producer += connection.to_producer().bytes();
+        let Some(closing) = reason else { return };
+        live.last_close = Some(Instant::now());
+        if let Some(reason) = closing.abort {
+            live.aborted += 1;
+            live.first_abort.get_or_insert((reason, closing.text.clone().unwrap_or_default()));
+        }
+        drop(live);
+        let mut fields = connection.describe();
+        if let (Some(fields), Value::Object(account)) = (fields.as_object_mut(), connection.account()) {
+            fields.extend(account);
+        }
+        fields["duration_s"] = json!(connection.opened.elapsed().as_secs_f64());
+        fields["reason"] = json!(closing.reason);
+        fields["errno"] = json!(closing.text);
+        self.events.emit("close", fields);
+        self.wake.notify_one();
+    }
+
+    /// Counts a connection that was turned away; said once a second in sum, so that a scan does not fill the log.
+    pub fn refuse(&self, listener: &Listener, cause: &'static str, source: IpAddr) {
+        listener.refused.fetch_add(1, Ordering::Relaxed);
+        let mut live = self.live();
+        live.refused += 1;
+        let entry = live.refusals.entry(cause).or_insert((0, source));
+        *entry = (entry.0 + 1, source);
+    }
+
+    pub fn say_refusals(&self) {
+        let refusals = std::mem::take(&mut self.live().refusals);
+        for (cause, (count, source)) in refusals {
+            self.events.emit("refused", json!({"cause": cause, "count": count, "last_source": source}));
+        }
+    }
+
+    /// The process or the system is out of descriptors or memory: said with the refusals, once a second at most.
+    pub fn say_shortage(&self, error: &std::io::Error) {
+        let nobody = IpAddr::V4(std::net::Ipv4Addr::UNSPECIFIED);
+        let cause = if error.raw_os_error() == Some(rustix::io::Errno::MFILE.raw_os_error()) {
+            "EMFILE"
+        } else {
+            "shortage"
+        };
+        self.live().refusals.entry(cause).or_insert((0, nobody)).0 += 1;
+    }
+
+    pub fn connections(&self) -> Vec<Arc<Connection>> {
+        self.live().connections.values().cloned().collect()
+    }
+
+    // ---- lease and control ----
+
+    /// Extends the lease, never beyond the lifetime. A CONS relay passes an explicit renewal on to PROD.
+    pub fn renew(&self, lease_s: f64, pass_on: bool) {
+        let mut live = self.live();
+        live.lease = Duration::from_secs_f64(lease_s);
+        live.lease_end = (Instant::now() + live.lease).min(self.lifetime_end());
+        if pass_on && self.config.role == Role::Cons && self.config.mode.proves_keys() {
+            live.lease_to_pass_on = Some(lease_s.ceil() as u32);
+            drop(live);
+            self.probe_wake.notify_one();
+        }
+    }
+
+    /// Bytes have moved: the lease starts anew.
+    pub fn touch(&self) {
+        let mut live = self.live();
+        live.lease_end = (Instant::now() + live.lease).min(self.lifetime_end());
+    }
+
+    /// A renewal by the far relay: it may lengthen what is left, and never shortens it.
+    pub fn renew_from_peer(&self, lease_s: u32) {
+        let mut live = self.live();
+        let asked = Instant::now() + Duration::from_secs(lease_s.into());
+        live.lease_end = asked.min(self.lifetime_end()).max(live.lease_end);
+    }
+
+    pub fn take_lease_to_pass_on(&self) -> Option<u32> {
+        self.live().lease_to_pass_on.take()
+    }
+
+    pub fn lease_remaining_s(&self) -> f64 {
+        self.live().lease_end.saturating_duration_since(Instant::now()).as_secs_f64()
+    }
+
+    fn lifetime_end(&self) -> Instant {
+        self.started + Duration::from_secs_f64(self.config.lifetime_s)
+    }
+
+    /// Applies checked changes. New peers or targets start the proof over: what was proven was something else.
+    pub fn update(&self, changes: Changes) {
+        let mut live = self.live();
+        let targets_changed = changes.targets.as_ref().is_some_and(|targets| *targets != live.targets);
+        if let Some(targets) = changes.targets {
+            live.targets = targets;
+        }
+        if targets_changed {
+            let targets = live.targets.clone();
+            live.proven_targets.retain(|target| targets.contains(target));
+            live.kept.retain(|target, _| targets.contains(target));
+            live.probed_listeners.clear();
+            live.proof = None;
+        }
+        if let Some(peers) = changes.peers {
+            *self.admitted.write().unwrap_or_else(|poisoned| poisoned.into_inner()) =
+                peers.iter().map(|peer| peer.public_key).collect();
+            live.peers = peers;
+        }
+        if let Some(sources) = changes.sources {
+            live.sources = sources;
+        }
+        if let Some(rate) = changes.rate_mbits_per_s {
+            live.rate_mbits_per_s = rate;
+        }
+        if let Some(lease_s) = changes.lease_s {
+            live.lease = Duration::from_secs_f64(lease_s);
+            live.lease_end = (Instant::now() + live.lease).min(self.lifetime_end());
+        }
+        drop(live);
+        self.probe_wake.notify_one();
+        self.wake.notify_one();
+    }
+
+    pub fn rate_mbits_per_s(&self) -> u64 {
+        self.live().rate_mbits_per_s
+    }
+
+    /// Stops accepting; connections go on until `deadline`. A second drain can only shorten it.
+    pub fn drain(&self, deadline: Duration, reason: Reason) {
+        let mut live = self.live();
+        let end = Instant::now() + deadline;
+        if live.drain_end.is_none_or(|old| end < old) {
+            live.drain_end = Some(end);
+            live.drain_reason = reason;
+        }
+        drop(live);
+        self.accepting.send_replace(false);
+        self.wake.notify_one();
+    }
+
+    /// Returns when the listening sockets are to be closed.
+    pub async fn closes_listeners(&self) {
+        let mut accepting = self.accepting.subscribe();
+        // The sender lives as long as self.
+        let _ = accepting.wait_for(|accepting| !accepting).await;
+    }
+
+    pub fn is_draining(&self) -> bool {
+        self.live().drain_end.is_some()
+    }
+
+    // ---- the end ----
+
+    /// Ends the relay; the first end stays.
+    pub fn end(&self, reason: Reason, message: Option<String>, cut: bool) {
+        self.ended.send_if_modified(|ended| {
+            let first = ended.is_none();
+            ended.get_or_insert(End { reason, message, cut });
+            first
+        });
+        self.accepting.send_replace(false);
+    }
+
+    /// Waits for the end.
+    pub async fn ended(&self) -> End {
+        let mut receiver = self.ended.subscribe();
+        loop {
+            if let Some(end) = receiver.borrow_and_update().clone() {
+                return end;
+            }
+            // The sender lives as long as self.
+            let _ = receiver.changed().await;
+        }
+    }
+
+    /// Decides whether this relay has reached its end: called at each tick and after each event.
+    pub fn consider(&self, now: Instant) {
+        let live = self.live();
+        let active = live.connections.values().filter(|connection| connection.is_connected()).count();
+        let verdict = if now >= self.lifetime_end() {
+            Some((Reason::LifetimeReached, None, active > 0))
+        } else if let Some(end) = live.drain_end {
+            if live.connections.is_empty() {
+                Some((live.drain_reason, None, false))
+            } else if now >= end {
+                Some((live.drain_reason, Some("the drain deadline cut connections".into()), active > 0))
+            } else {
+                None
+            }
+        } else if now >= live.lease_end {
+            Some((Reason::LeaseExpired, None, active > 0))
+        } else if live.hello_end.is_some_and(|end| now >= end) {
+            let (reason, message) = live.why_not_ready(self.config.role);
+            Some((reason, Some(message), false))
+        } else if self.config.until == crate::config::Until::Closed && self.has_closed(&live, now) {
+            match &live.first_abort {
+                Some((reason, text)) => Some((*reason, Some(text.clone()), false)),
+                None => Some((Reason::Finished, None, false)),
+            }
+        } else {
+            None
+        };
+        drop(live);
+        if let Some((reason, message, cut)) = verdict {
+            self.end(reason, message, cut);
+        }
+        self.say_state();
+    }
+
+    fn has_closed(&self, live: &Live, now: Instant) -> bool {
+        live.connections.is_empty()
+            && live.carried.to_consumer + live.carried.to_producer > 0
+            && live.last_close.is_some_and(|at| (now - at).as_secs_f64() >= self.config.linger_s)
+    }
+
+    /// When the next decision is due by the clock; the supervisor sleeps no longer.
+    pub fn next_deadline(&self) -> Instant {
+        let live = self.live();
+        let closing = live
+            .last_close
+            .filter(|_| live.connections.is_empty())
+            .map(|at| at + Duration::from_secs_f64(self.config.linger_s));
+        [Some(self.lifetime_end()), Some(live.lease_end), live.hello_end, live.drain_end, closing]
+            .into_iter()
+            .flatten()
+            .min()
+            .unwrap_or_else(Instant::now)
+    }
+
+    // ---- what is said ----
+
+    fn state_of(&self, live: &Live) -> State {
+        if let Some(end) = &*self.ended.borrow() {
+            end.reason.state()
+        } else if live.drain_end.is_some() {
+            State::Draining
+        } else if live.total > 0 {
+            State::Streaming
+        } else if live.proof.is_some() {
+            State::Ready
+        } else if self.config.role == Role::Prod && live.targets.is_empty() {
+            State::WaitingHello
+        } else {
+            State::Listening
+        }
+    }
+
+    fn say_state(&self) {
+        let mut live = self.live();
+        let state = self.state_of(&live);
+        if live.said != Some(state) {
+            live.said = Some(state);
+            drop(live);
+            let reason = self.ended.borrow().as_ref().map(|end| end.reason);
+            self.events.emit("state", json!({"state": state, "reason": reason}));
+        }
+    }
+
+    /// The end record.
+    pub fn end_record(&self, end: &End) -> Value {
+        let live = self.live();
+        json!({
+            "relay_id": self.config.relay_id,
+            "role": self.config.role,
+            "mode": self.config.mode,
+            "pid": std::process::id(),
+            "state": end.reason.state(),
+            "reason": end.reason,
+            "message": end.message,
+            "cut": end.cut,
+            "bytes": {"to_consumer": live.carried.to_consumer, "to_producer": live.carried.to_producer},
+            "connections": {"active": 0, "total": live.total, "refused": live.refused, "aborted": live.aborted, "kept": 0},
+            "duration_s": self.started.elapsed().as_secs_f64(),
+            "cpu_s": crate::resources::cpu_s(),
+        })
+    }
+
+    /// The status document of docs/relay.md.
+    pub fn status(&self) -> Value {
+        let now = Instant::now();
+        let live = self.live();
+        let state = self.state_of(&live);
+        let connections: Vec<Arc<Connection>> = live.connections.values().cloned().collect();
+        let end = self.ended.borrow().clone();
+        let mut bytes = live.carried;
+        let mut rates = (0.0, 0.0);
+        let mut gauges = Vec::new();
+        let mut streams = Vec::new();
+        let mut active = 0;
+        for connection in &connections {
+            bytes.to_consumer += connection.to_consumer().bytes();
+            bytes.to_producer += connection.to_producer().bytes();
+            let Some(legs) = connection.legs() else { continue };
+            active += 1;
+            let gauge = lock(&connection.gauge);
+            rates.0 += gauge.to_consumer_bits_per_s;
+            rates.1 += gauge.to_producer_bits_per_s;
+            if let Some(shares) = gauge.shares {
+                gauges.push((gauge.to_consumer_bits_per_s + gauge.to_producer_bits_per_s, shares));
+            }
+            let age_s = connection.opened.elapsed().as_secs_f64();
+            let mut stream = connection.describe();
+            if let (Some(stream), Value::Object(account)) = (stream.as_object_mut(), connection.account()) {
+                stream.extend(account);
+            }
+            stream["age_s"] = json!(age_s);
+            stream["half_closed"] = json!(connection.is_half_closed());
+            stream["bits_per_s"] = json!({"to_consumer": gauge.to_consumer_bits_per_s, "to_producer": gauge.to_producer_bits_per_s});
+            stream["legs"] =
+                json!({"lan": gauge::leg(&legs.lan, age_s), "wan": gauge::leg(&legs.wan, age_s)});
+            streams.push(stream);
+        }
+        let seconds = |at: Instant| at.saturating_duration_since(now).as_secs_f64();
+        json!({
+            "protocol": PROTOCOL,
+            "relay_id": self.config.relay_id,
+            "role": self.config.role,
+            "mode": self.config.mode,
+            "pid": std::process::id(),
+            "version": env!("CARGO_PKG_VERSION"),
+            "state": state,
+            "reason": end.as_ref().map(|end| end.reason),
+            "message": end.as_ref().and_then(|end| end.message.clone()),
+            "public_key": self.identity.public,
+            "listeners": self.listeners.iter().map(|listener| json!({
+                "index": listener.index,
+                "address": listener.address,
+                "active": listener.active.load(Ordering::Relaxed),
+                "accepted": listener.accepted.load(Ordering::Relaxed),
+                "refused": listener.refused.load(Ordering::Relaxed),
+            })).collect::<Vec<_>>(),
+            "targets": live.targets,
+            "sources": live.sources,
+            "peers": live.peers.iter().map(|peer| json!({"public_key": peer.public_key})).collect::<Vec<_>>(),
+            "rate_mbits_per_s": live.rate_mbits_per_s,
+            "proof": live.proof,
+            "last_probe": live.last_probe.as_ref().map(|probe| json!({
+                "result": probe.result,
+                "errno": probe.errno,
+                "address": probe.address,
+                "age_s": probe.at.elapsed().as_secs_f64(),
+            })),
+            "uptime_s": self.started.elapsed().as_secs_f64(),
+            "lease_remaining_s": seconds(live.lease_end),
+            "lifetime_remaining_s": seconds(self.lifetime_end()),
+            "hello_remaining_s": live.hello_end.map(seconds),
+            "connections": {
+                "active": active,
+                "total": live.total,
+                "refused": live.refused,
+                "aborted": live.aborted,
+                "kept": live.kept.len(),
+            },
+            "bytes": {"to_consumer": bytes.to_consumer, "to_producer": bytes.to_producer},
+            "bits_per_s": {"to_consumer": rates.0, "to_producer": rates.1},
+            "limiting": gauge::limiting(self.config.role, &gauges),
+            "streams": streams,
+            "resources": crate::resources::report(),
+        })
+    }
+}
+
+impl Live {
+    /// Why no probe has passed in time, from the last one.
+    fn why_not_ready(&self, role: Role) -> (Reason, String) {
+        let last = self.last_probe.as_ref();
+        let detail = |probe: &ProbeResult| {
+            let address = probe.address.map(|address| address.to_string()).unwrap_or_default();
+            let errno = probe.errno.as_deref().map(|errno| format!(" ({errno})")).unwrap_or_default();
+            format!("{} {address}{errno}", probe.result)
+        };
+        match last {
+            Some(probe) if probe.result == "unreachable" => (Reason::TargetUnreachable, detail(probe)),
+            Some(probe) if probe.result == "peer-rejected" => (Reason::PeerRejected, detail(probe)),
+            Some(probe) => (Reason::HelloTimeout, format!("the last probe: {}", detail(probe))),
+            None if role == Role::Prod && self.targets.is_empty() => {
+                (Reason::HelloTimeout, "no hello has named a target".into())
+            }
+            None if self.peers.is_empty() => (Reason::HelloTimeout, "no peers were given".into()),
+            None => (Reason::HelloTimeout, "no relay has probed".into()),
+        }
+    }
+}
+
+/// One PROD listener as a CONS relay dials it.
+#[derive(Clone, Debug)]
+pub struct Dial {
+    pub relay_id: RelayId,
+    pub public_key: PublicKey,
+    pub index: u16,
+    pub address: SocketAddr,
+}
+
+/// How a data connection ended.
+pub struct Closing {
+    pub reason: &'static str,
+    /// Set when an application's abort, and not our own doing, ended it.
+    pub abort: Option<Reason>,
+    pub text: Option<String>,
+}

@@ -1,0 +1,92 @@
+//! What every socket of a relay has in common, and exact reads and writes on shared streams.
+
+use std::io;
+use std::net::{IpAddr, SocketAddr};
+use std::os::fd::AsFd;
+use std::time::Duration;
+
+use rustix::net::sockopt;
+use tokio::net::{TcpSocket, TcpStream};
+
+const KEEPALIVE_IDLE: Duration = Duration::from_secs(60);
+const KEEPALIVE_INTERVAL: Duration = Duration::from_secs(10);
+const KEEPALIVE_PROBES: u32 = 6;
+
+/// Prepares a data socket, right at accept and before connect.
+///
+/// SO_LINGER {on, 0} comes first and stays until an orderly close: whatever ends this process, SIGKILL included, the peer sees
+/// a reset and never a clean end of a stream that was cut. No SO_RCVBUF or SO_SNDBUF: they would switch the kernel's
+/// auto-tuning off. A keepalive or TCP_USER_TIMEOUT that cannot be set only makes a dead peer be noticed later, so it is no
+/// reason to refuse the connection.
+pub fn prepare(socket: impl AsFd, user_timeout: Duration) -> io::Result<()> {
+    sockopt::set_socket_linger(&socket, Some(Duration::ZERO))?;
+    sockopt::set_tcp_nodelay(&socket, true)?;
+    let _ = sockopt::set_socket_keepalive(&socket, true)
+        .and_then(|()| sockopt::set_tcp_keepidle(&socket, KEEPALIVE_IDLE))
+        .and_then(|()| sockopt::set_tcp_keepintvl(&socket, KEEPALIVE_INTERVAL))
+        .and_then(|()| sockopt::set_tcp_keepcnt(&socket, KEEPALIVE_PROBES));
+    let _ =
+        sockopt::set_tcp_user_timeout(&socket, u32::try_from(user_timeout.as_millis()).unwrap_or(u32::MAX));
+    Ok(())
+}
+
+/// Lets the coming close be an orderly one: both directions have ended with the applications' own FIN.
+pub fn close_in_order(socket: impl AsFd) {
+    // ENOTCONN and the like mean that the peer is gone already; there is nothing left to keep.
+    let _ = sockopt::set_socket_linger(socket, None);
+}
+
+/// Forwards an end of file. ENOTCONN is no error: the peer has closed both ways already.
+pub fn shutdown_write(socket: impl AsFd) -> io::Result<()> {
+    match rustix::net::shutdown(socket, rustix::net::Shutdown::Write) {
+        Ok(()) | Err(rustix::io::Errno::NOTCONN) => Ok(()),
+        Err(error) => Err(error.into()),
+    }
+}
+
+/// Connects to a numeric address within `timeout`, from `source` if one is given. The error is the kernel's own (from connect
+/// or SO_ERROR, never from poll flags) or TimedOut.
+pub async fn connect(
+    address: SocketAddr,
+    source: Option<IpAddr>,
+    timeout: Duration,
+    user_timeout: Duration,
+) -> io::Result<TcpStream> {
+    let socket = if address.is_ipv4() { TcpSocket::new_v4()? } else { TcpSocket::new_v6()? };
+    prepare(&socket, user_timeout)?;
+    if let Some(source) = source {
+        socket.bind(SocketAddr::new(source, 0))?;
+    }
+    match tokio::time::timeout(timeout, socket.connect(address)).await {
+        Ok(connected) => connected,
+        Err(_) => Err(io::ErrorKind::TimedOut.into()),
+    }
+}
+
+/// Reads exactly `buffer.len()` bytes and not one more. UnexpectedEof if the peer ends before.
+pub async fn read_exact(stream: &TcpStream, buffer: &mut [u8]) -> io::Result<()> {
+    let mut filled = 0;
+    while filled < buffer.len() {
+        stream.readable().await?;
+        match stream.try_read(&mut buffer[filled..]) {
+            Ok(0) => return Err(io::ErrorKind::UnexpectedEof.into()),
+            Ok(n) => filled += n,
+            Err(error) if error.kind() == io::ErrorKind::WouldBlock => {}
+            Err(error) => return Err(error),
+        }
+    }
+    Ok(())
+}
+
+/// Writes all of `bytes`.
+pub async fn write_all(stream: &TcpStream, mut bytes: &[u8]) -> io::Result<()> {
+    while !bytes.is_empty() {
+        stream.writable().await?;
+        match stream.try_write(bytes) {
+            Ok(n) => bytes = &bytes[n..],
+            Err(error) if error.kind() == io::ErrorKind::WouldBlock => {}
+            Err(error) => return Err(error),
+        }
+    }
+    Ok(())
+}

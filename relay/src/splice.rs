@@ -1,0 +1,185 @@
+//! Carries the bytes of one connection in clear text: the kernel moves them from socket to pipe to socket, and this process
+//! never sees them.
+
+use std::io;
+use std::time::Duration;
+
+use rustix::io::Errno;
+use rustix::pipe::{SpliceFlags, splice};
+use tokio::io::Interest;
+use tokio::net::TcpStream;
+
+use crate::connection::{Connection, Flow, Leg, LegError, Path};
+use crate::pipe::{PIPE_BYTES, Pipe, give_buffer, give_pipe, take_buffer, take_pipe};
+use crate::socket::{close_in_order, shutdown_write};
+
+/// A source that has been reset may still have bytes on their way to a reader that reads; a reader that takes nothing for this
+/// long will not miss them.
+const FLUSH: Duration = Duration::from_secs(5);
+
+/// Relays both ways until both applications have ended their direction, or the first error ends both at once. Closing is
+/// orderly only in the first case; in the other, dropping the sockets resets them.
+pub async fn relay(lan: &TcpStream, wan: &TcpStream, connection: &Connection) -> Result<(), LegError> {
+    tokio::try_join!(
+        one_way((lan, Leg::Lan), (wan, Leg::Wan), connection.lan_to_wan(), connection),
+        one_way((wan, Leg::Wan), (lan, Leg::Lan), connection.wan_to_lan(), connection),
+    )?;
+    close_in_order(lan);
+    close_in_order(wan);
+    Ok(())
+}
+
+/// One direction. Invariant: the source is read only while nothing is under way, so EAGAIN from the source can only mean
+/// that the source is empty, and EAGAIN from the destination that the destination is full.
+async fn one_way(
+    (source, source_leg): (&TcpStream, Leg),
+    (destination, destination_leg): (&TcpStream, Leg),
+    flow: &Flow,
+    connection: &Connection,
+) -> Result<(), LegError> {
+    let at_source = |error: io::Error| LegError::new(source_leg, &error);
+    let at_destination = |error: io::Error| LegError::new(destination_leg, &error);
+    loop {
+        source.readable().await.map_err(at_source)?;
+        let (mut cargo, length) = match Cargo::load(source, flow) {
+            Ok(Some(loaded)) => loaded,
+            Ok(None) => {
+                flow.end();
+                return shutdown_write(destination).map_err(at_destination);
+            }
+            Err(error) if error.kind() == io::ErrorKind::WouldBlock => continue,
+            Err(error) => return Err(at_source(error)),
+        };
+        connection.first_byte();
+        let mut left = length;
+        while left > 0 {
+            match cargo.unload(destination, left) {
+                Ok(0) => return Err(at_destination(io::ErrorKind::WriteZero.into())),
+                Ok(moved) => {
+                    left -= moved;
+                    flow.add(moved);
+                }
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
+                    wait_for_room((source, source_leg), (destination, destination_leg)).await?;
+                }
+                Err(error) => return Err(at_destination(error)),
+            }
+        }
+        cargo.give_back();
+        // One round a turn: the other connections get theirs, and meanwhile more arrives for the next call to take.
+        tokio::task::yield_now().await;
+    }
+}
+
+/// Waits until the destination takes bytes again. A source that is reset meanwhile gets a bounded time to be delivered.
+async fn wait_for_room(
+    (source, source_leg): (&TcpStream, Leg),
+    (destination, destination_leg): (&TcpStream, Leg),
+) -> Result<(), LegError> {
+    tokio::select! {
+        biased;
+        room = destination.writable() => room.map_err(|error| LegError::new(destination_leg, &error)),
+        _ = source.ready(Interest::ERROR) => match tokio::time::timeout(FLUSH, destination.writable()).await {
+            Ok(room) => room.map_err(|error| LegError::new(destination_leg, &error)),
+            Err(_) => Err(LegError::new(source_leg, &Errno::CONNRESET.into())),
+        },
+    }
+}
+
+/// What bytes travel in between the two sockets. Dropped with bytes still in it, it takes them along: a pipe that is not empty
+/// never goes back to the pool.
+enum Cargo {
+    Pipe(Pipe),
+    Buffer(Vec<u8>, usize),
+}
+
+impl Cargo {
+    /// Takes what the source has, at most `PIPE_BYTES`. None is the end of the source.
+    fn load(source: &TcpStream, flow: &Flow) -> io::Result<Option<(Cargo, usize)>> {
+        if flow.may_splice() {
+            if let Some(pipe) = take_pipe() {
+                match source.try_io(Interest::READABLE, || splice_in(source, &pipe)) {
+                    Ok(0) => {
+                        give_pipe(pipe);
+                        return Ok(None);
+                    }
+                    Ok(length) => {
+                        flow.took(Path::Splice, pipe.granted_bytes);
+                        return Ok(Some((Cargo::Pipe(pipe), length)));
+                    }
+                    // Only before a byte has moved: afterwards it is an error like any other.
+                    Err(error) if is_unsupported(&error) && !flow.has_moved() => {
+                        give_pipe(pipe);
+                        flow.forbid_splice();
+                    }
+                    Err(error) => {
+                        give_pipe(pipe);
+                        return Err(error);
+                    }
+                }
+            }
+        }
+        let mut buffer = take_buffer();
+        match source.try_read(&mut buffer) {
+            Ok(0) => {
+                give_buffer(buffer);
+                Ok(None)
+            }
+            Ok(length) => {
+                flow.took(Path::Copy, 0);
+                buffer.truncate(length);
+                Ok(Some((Cargo::Buffer(buffer, 0), length)))
+            }
+            Err(error) => {
+                give_buffer(buffer);
+                Err(error)
+            }
+        }
+    }
+
+    /// Moves up to `left` bytes on; how many went.
+    fn unload(&mut self, destination: &TcpStream, left: usize) -> io::Result<usize> {
+        match self {
+            Cargo::Pipe(pipe) => {
+                destination.try_io(Interest::WRITABLE, || splice_out(pipe, destination, left))
+            }
+            Cargo::Buffer(buffer, sent) => {
+                let moved = destination.try_write(&buffer[*sent..])?;
+                *sent += moved;
+                Ok(moved)
+            }
+        }
+    }
+
+    /// Empty again.
+    fn give_back(self) {
+        match self {
+            Cargo::Pipe(pipe) => give_pipe(pipe),
+            Cargo::Buffer(buffer, _) => give_buffer(buffer),
+        }
+    }
+}
+
+/// Never SPLICE_F_MORE: it holds a small message back for 200 ms.
+fn splice_in(source: &TcpStream, pipe: &Pipe) -> io::Result<usize> {
+    retry_interrupted(|| splice(source, None, &pipe.write, None, PIPE_BYTES, SpliceFlags::NONBLOCK))
+}
+
+fn splice_out(pipe: &Pipe, destination: &TcpStream, left: usize) -> io::Result<usize> {
+    retry_interrupted(|| {
+        splice(&pipe.read, None, destination, None, left.min(PIPE_BYTES), SpliceFlags::NONBLOCK)
+    })
+}
+
+fn retry_interrupted(mut call: impl FnMut() -> rustix::io::Result<usize>) -> io::Result<usize> {
+    loop {
+        match call() {
+            Err(Errno::INTR) => {}
+            answer => return Ok(answer?),
+        }
+    }
+}
+
+fn is_unsupported(error: &io::Error) -> bool {
+    [Errno::INVAL, Errno::NOSYS].iter().any(|errno| error.raw_os_error() == Some(errno.raw_os_error()))
+}

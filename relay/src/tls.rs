@@ -1,0 +1,370 @@
+//! A TLS 1.3 session over a socket that somebody else reads and writes: rustls' unbuffered interface, because the modes need
+//! to know exactly which bytes have left the kernel.
+
+use std::io;
+use std::sync::Arc;
+
+use rustls::client::UnbufferedClientConnection;
+use rustls::pki_types::ServerName;
+use rustls::server::UnbufferedServerConnection;
+use rustls::unbuffered::{ConnectionState, EncodeError, EncryptError, UnbufferedStatus};
+use rustls::{ClientConfig, ServerConfig};
+use tokio::net::TcpStream;
+
+use crate::key::PublicKey;
+use crate::socket::{read_exact, write_all};
+
+const HEADER_BYTES: usize = 5;
+/// RFC 8446, 5.2: the longest record on the wire.
+const LONGEST_RECORD_BYTES: usize = 16384 + 256;
+/// Content type, padding, tag and header, generously, for each 16 KiB record.
+const RECORD_OVERHEAD_BYTES: usize = 64;
+
+enum Side {
+    Client(Box<UnbufferedClientConnection>),
+    Server(Box<UnbufferedServerConnection>),
+}
+
+/// Where a session stands once everything that was received has been processed.
+#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+enum Standing {
+    Handshaking,
+    Open,
+}
+
+pub struct Session {
+    side: Side,
+    standing: Standing,
+    pub outgoing: Outbox,
+    /// Plaintext from the peer, not yet taken.
+    pub plain: Vec<u8>,
+    /// The peer's close_notify was received: it ended its direction in order.
+    pub peer_closed: bool,
+}
+
+/// Ciphertext for the peer, not yet written. Keeps its memory, so that it is zeroed once and not for each record.
+#[derive(Default)]
+pub struct Outbox {
+    buffer: Vec<u8>,
+    sent: usize,
+    filled: usize,
+}
+
+impl Outbox {
+    pub fn is_empty(&self) -> bool {
+        self.sent == self.filled
+    }
+
+    pub fn pending(&self) -> &[u8] {
+        &self.buffer[self.sent..self.filled]
+    }
+
+    /// The first `count` pending bytes have been written.
+    pub fn sent(&mut self, count: usize) {
+        self.sent += count;
+        if self.is_empty() {
+            self.sent = 0;
+            self.filled = 0;
+        }
+    }
+
+    /// Gives the memory up; for a connection that is idle.
+    pub fn release(&mut self) {
+        if self.is_empty() {
+            self.buffer = Vec::new();
+        }
+    }
+
+    fn room(&mut self, count: usize) -> &mut [u8] {
+        if self.buffer.len() < self.filled + count {
+            self.buffer.resize(self.filled + count, 0);
+        }
+        &mut self.buffer[self.filled..]
+    }
+}
+
+/// Why a handshake ended without a session.
+#[derive(Debug)]
+pub enum HandshakeError {
+    /// The peer went away or is silent: perhaps it is no relay, or not ready.
+    Io(io::Error),
+    /// It spoke, and was refused or refused us.
+    Tls(rustls::Error),
+}
+
+impl From<io::Error> for HandshakeError {
+    fn from(error: io::Error) -> Self {
+        HandshakeError::Io(error)
+    }
+}
+
+impl From<rustls::Error> for HandshakeError {
+    fn from(error: rustls::Error) -> Self {
+        HandshakeError::Tls(error)
+    }
+}
+
+impl Session {
+    pub fn client(config: Arc<ClientConfig>) -> Result<Session, rustls::Error> {
+        // The name is not used for anything: the pin is.
+        let name =
+            ServerName::try_from("s2ds.invalid").map_err(|_| rustls::Error::General("server name".into()))?;
+        Ok(Session::new(Side::Client(Box::new(UnbufferedClientConnection::new(config, name)?))))
+    }
+
+    pub fn server(config: Arc<ServerConfig>) -> Result<Session, rustls::Error> {
+        Ok(Session::new(Side::Server(Box::new(UnbufferedServerConnection::new(config)?))))
+    }
+
+    fn new(side: Side) -> Session {
+        Session {
+            side,
+            standing: Standing::Handshaking,
+            outgoing: Outbox::default(),
+            plain: Vec::new(),
+            peer_closed: false,
+        }
+    }
+
+    /// The key that the peer has proven.
+    pub fn peer_key(&self) -> Option<PublicKey> {
+        let certificates = match &self.side {
+            Side::Client(connection) => connection.peer_certificates(),
+            Side::Server(connection) => connection.peer_certificates(),
+        };
+        PublicKey::from_spki(certificates?.first()?)
+    }
+
+    /// Processes every whole record in `incoming` and says how many bytes at its front are done with. Plaintext goes to
+    /// `plain`, answers to `outgoing`. After an error `outgoing` holds the alert to send.
+    pub fn receive(&mut self, incoming: &mut [u8]) -> Result<usize, rustls::Error> {
+        let mut done = 0;
+        loop {
+            let rest = &mut incoming[done..];
+            let (discard, seen) = match &mut self.side {
+                Side::Client(connection) => {
+                    handle(connection.process_tls_records(rest), &mut self.outgoing, &mut self.plain)
+                }
+                Side::Server(connection) => {
+                    handle(connection.process_tls_records(rest), &mut self.outgoing, &mut self.plain)
+                }
+            };
+            done += discard;
+            match seen {
+                Seen::Progress => {}
+                Seen::PeerClosed => self.peer_closed = true,
+                Seen::Blocked(standing) => {
+                    self.standing = standing;
+                    return Ok(done);
+                }
+                Seen::Failed(error) => {
+                    self.collect_alert();
+                    return Err(error);
+                }
+            }
+        }
+    }
+
+    /// Encrypts all of `plaintext` into `outgoing`. Call it only with an empty inbox (`receive` has taken every whole record).
+    pub fn send(&mut self, plaintext: &[u8]) -> Result<(), rustls::Error> {
+        self.receive(&mut [])?;
+        let records = plaintext.len() / 16384 + 2;
+        self.write(plaintext.len() + records * RECORD_OVERHEAD_BYTES, |traffic, out| match traffic {
+            Traffic::Client(mut traffic) => traffic.encrypt(plaintext, out),
+            Traffic::Server(mut traffic) => traffic.encrypt(plaintext, out),
+        })
+    }
+
+    /// Ends our direction in order.
+    pub fn send_close_notify(&mut self) -> Result<(), rustls::Error> {
+        self.receive(&mut [])?;
+        self.write(RECORD_OVERHEAD_BYTES, |traffic, out| match traffic {
+            Traffic::Client(mut traffic) => traffic.queue_close_notify(out),
+            Traffic::Server(mut traffic) => traffic.queue_close_notify(out),
+        })
+    }
+
+    fn write(
+        &mut self,
+        room_bytes: usize,
+        fill: impl FnOnce(Traffic<'_>, &mut [u8]) -> Result<usize, EncryptError>,
+    ) -> Result<(), rustls::Error> {
+        let traffic = match &mut self.side {
+            Side::Client(connection) => match connection.process_tls_records(&mut []).state {
+                Ok(ConnectionState::WriteTraffic(traffic)) => Some(Traffic::Client(traffic)),
+                _ => None,
+            },
+            Side::Server(connection) => match connection.process_tls_records(&mut []).state {
+                Ok(ConnectionState::WriteTraffic(traffic)) => Some(Traffic::Server(traffic)),
+                _ => None,
+            },
+        };
+        let Some(traffic) = traffic else {
+            return Err(rustls::Error::General("the session cannot carry data now".into()));
+        };
+        let written = fill(traffic, self.outgoing.room(room_bytes));
+        self.outgoing.filled += written.map_err(|error| rustls::Error::General(error.to_string()))?;
+        Ok(())
+    }
+
+    /// After an error the library queues the alert that tells the peer why.
+    fn collect_alert(&mut self) {
+        for _ in 0..4 {
+            let seen = match &mut self.side {
+                Side::Client(connection) => {
+                    handle(connection.process_tls_records(&mut []), &mut self.outgoing, &mut self.plain).1
+                }
+                Side::Server(connection) => {
+                    handle(connection.process_tls_records(&mut []), &mut self.outgoing, &mut self.plain).1
+                }
+            };
+            if !matches!(seen, Seen::Progress) {
+                return;
+            }
+        }
+    }
+
+    /// Shakes hands. Reads one record at a time, so that not one byte behind the last handshake record leaves the kernel.
+    /// Our last flight stays in `outgoing`, to be sent together with the first message.
+    pub async fn handshake(&mut self, stream: &TcpStream) -> Result<(), HandshakeError> {
+        let mut record = Vec::new();
+        loop {
+            let processed = self.receive(&mut record);
+            if let Err(error) = processed {
+                // So that the peer learns why; it may be gone already.
+                let _ = stream.try_write(self.outgoing.pending());
+                return Err(error.into());
+            }
+            record.drain(..processed.unwrap_or(0));
+            if self.standing == Standing::Open {
+                return Ok(());
+            }
+            self.flush(stream).await?;
+            read_record(stream, &mut record).await?;
+        }
+    }
+
+    /// Receives exactly `buffer.len()` bytes of plaintext, one record at a time.
+    pub async fn read_exact(&mut self, stream: &TcpStream, buffer: &mut [u8]) -> Result<(), HandshakeError> {
+        let mut record = Vec::new();
+        while self.plain.len() < buffer.len() {
+            if self.peer_closed {
+                return Err(HandshakeError::Io(io::ErrorKind::UnexpectedEof.into()));
+            }
+            self.read_into(stream, &mut record).await?;
+        }
+        let rest = self.plain.split_off(buffer.len());
+        buffer.copy_from_slice(&self.plain);
+        self.plain = rest;
+        Ok(())
+    }
+
+    /// Receives until the peer's close_notify, one record at a time: what follows it in the kernel is clear text.
+    pub async fn read_close_notify(&mut self, stream: &TcpStream) -> Result<(), HandshakeError> {
+        let mut record = Vec::new();
+        while !self.peer_closed {
+            self.read_into(stream, &mut record).await?;
+        }
+        if self.plain.is_empty() {
+            Ok(())
+        } else {
+            Err(HandshakeError::Tls(rustls::Error::General(
+                "data between the preamble and close_notify".into(),
+            )))
+        }
+    }
+
+    async fn read_into(&mut self, stream: &TcpStream, record: &mut Vec<u8>) -> Result<(), HandshakeError> {
+        read_record(stream, record).await?;
+        let done = self.receive(record)?;
+        record.drain(..done);
+        Ok(())
+    }
+
+    /// Writes what is in `outgoing`.
+    pub async fn flush(&mut self, stream: &TcpStream) -> io::Result<()> {
+        write_all(stream, self.outgoing.pending()).await?;
+        self.outgoing.sent(self.outgoing.pending().len());
+        Ok(())
+    }
+}
+
+enum Traffic<'c> {
+    Client(rustls::unbuffered::WriteTraffic<'c, rustls::client::ClientConnectionData>),
+    Server(rustls::unbuffered::WriteTraffic<'c, rustls::server::ServerConnectionData>),
+}
+
+enum Seen {
+    Progress,
+    PeerClosed,
+    Blocked(Standing),
+    Failed(rustls::Error),
+}
+
+/// One step of the library's state machine; how many bytes to drop from the front of what was given, and what it came to.
+fn handle<Data>(
+    status: UnbufferedStatus<'_, '_, Data>,
+    outgoing: &mut Outbox,
+    plain: &mut Vec<u8>,
+) -> (usize, Seen) {
+    let mut discard = status.discard;
+    let seen = match status.state {
+        Err(error) => Seen::Failed(error),
+        Ok(ConnectionState::EncodeTlsData(mut data)) => {
+            let mut written = data.encode(outgoing.room(LONGEST_RECORD_BYTES));
+            if let Err(EncodeError::InsufficientSize(more)) = &written {
+                written = data.encode(outgoing.room(more.required_size));
+            }
+            match written {
+                Ok(length) => {
+                    outgoing.filled += length;
+                    Seen::Progress
+                }
+                Err(error) => Seen::Failed(rustls::Error::General(error.to_string())),
+            }
+        }
+        Ok(ConnectionState::TransmitTlsData(data)) => {
+            // It stands in `outgoing`, which is always written in order.
+            data.done();
+            Seen::Progress
+        }
+        Ok(ConnectionState::ReadTraffic(mut traffic)) => {
+            let mut seen = Seen::Progress;
+            while let Some(record) = traffic.next_record() {
+                match record {
+                    Ok(record) => {
+                        discard += record.discard;
+                        plain.extend_from_slice(record.payload);
+                    }
+                    Err(error) => {
+                        seen = Seen::Failed(error);
+                        break;
+                    }
+                }
+            }
+            seen
+        }
+        Ok(ConnectionState::PeerClosed) => Seen::PeerClosed,
+        Ok(ConnectionState::BlockedHandshake) => Seen::Blocked(Standing::Handshaking),
+        Ok(ConnectionState::WriteTraffic(_) | ConnectionState::Closed) => Seen::Blocked(Standing::Open),
+        Ok(_) => Seen::Failed(rustls::Error::General("unexpected state of the session".into())),
+    };
+    (discard, seen)
+}
+
+/// Appends exactly one record to `buffer`: its header, then what the header says.
+async fn read_record(stream: &TcpStream, buffer: &mut Vec<u8>) -> Result<(), HandshakeError> {
+    let from = buffer.len();
+    buffer.resize(from + HEADER_BYTES, 0);
+    read_exact(stream, &mut buffer[from..]).await?;
+    let length = usize::from(u16::from_be_bytes([buffer[from + 3], buffer[from + 4]]));
+    // Anything but a TLS record ends here, before its "length" is believed.
+    let is_record = (20..=24).contains(&buffer[from]) && buffer[from + 1] == 3;
+    if !is_record || length == 0 || length > LONGEST_RECORD_BYTES {
+        return Err(HandshakeError::Tls(rustls::Error::InvalidMessage(
+            rustls::InvalidMessage::InvalidContentType,
+        )));
+    }
+    buffer.resize(from + HEADER_BYTES + length, 0);
+    Ok(read_exact(stream, &mut buffer[from + HEADER_BYTES..]).await?)
+}

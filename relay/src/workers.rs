@@ -1,0 +1,55 @@
+//! The threads that carry connections: each has a current-thread runtime, and a connection stays with the one it was given to.
+
+use std::future::Future;
+use std::io;
+use std::sync::atomic::{AtomicUsize, Ordering};
+
+use tokio::net::TcpStream;
+use tokio::runtime::{Builder, Handle};
+use tokio::sync::watch;
+
+pub struct Workers {
+    handles: Vec<Handle>,
+    next: AtomicUsize,
+    /// Dropped with this: the threads' runtimes end, and their connections with them.
+    _running: watch::Sender<()>,
+}
+
+impl Workers {
+    /// `count` is at least 1; the calling thread, inside its own runtime, is the first.
+    pub fn start(count: usize) -> io::Result<Workers> {
+        let (running, _) = watch::channel(());
+        let mut handles = vec![Handle::current()];
+        for number in 1..count {
+            let runtime = Builder::new_current_thread().enable_all().build()?;
+            handles.push(runtime.handle().clone());
+            let mut stop = running.subscribe();
+            std::thread::Builder::new().name(format!("worker-{number}")).spawn(move || {
+                runtime.block_on(async move {
+                    let _ = stop.changed().await;
+                });
+            })?;
+        }
+        Ok(Workers { handles, next: AtomicUsize::new(0), _running: running })
+    }
+
+    /// Gives a connection to the next worker. One that cannot be registered there is dropped, which resets it.
+    pub fn spawn<F, T>(&self, stream: TcpStream, task: F)
+    where
+        F: FnOnce(TcpStream) -> T + Send + 'static,
+        T: Future<Output = ()> + Send + 'static,
+    {
+        if let [only] = self.handles.as_slice() {
+            only.spawn(task(stream));
+            return;
+        }
+        let worker = self.next.fetch_add(1, Ordering::Relaxed) % self.handles.len();
+        if let Ok(stream) = stream.into_std() {
+            self.handles[worker].spawn(async move {
+                if let Ok(stream) = TcpStream::from_std(stream) {
+                    task(stream).await;
+                }
+            });
+        }
+    }
+}

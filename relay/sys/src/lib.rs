@@ -1,0 +1,148 @@
+//! Socket options that rustix, socket2 and nix do not offer: `TCP_INFO` in full and the 64-bit `SO_MAX_PACING_RATE`.
+//!
+//! All `unsafe` of the relay is in this file.
+
+use std::io;
+use std::os::fd::{AsFd, AsRawFd};
+
+/// What `TCP_INFO` says of one socket. Units are in the names; a field the running kernel does not know is 0.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct TcpInfo {
+    pub rtt_us: u32,
+    pub rtt_var_us: u32,
+    pub min_rtt_us: u32,
+    /// Smoothed round trip as a pure receiver sees it.
+    pub receive_rtt_us: u32,
+    pub cwnd_segments: u32,
+    pub mss_bytes: u32,
+    pub lost_segments: u32,
+    /// Over the life of the connection.
+    pub retransmits: u32,
+    pub pacing_bytes_per_s: u64,
+    pub delivery_bytes_per_s: u64,
+    /// Time with data outstanding; the two that follow are parts of it.
+    pub busy_us: u64,
+    pub receiver_limited_us: u64,
+    pub send_buffer_limited_us: u64,
+    pub notsent_bytes: u32,
+    /// The delivery rate was measured while the sender had nothing more to send.
+    pub delivery_app_limited: bool,
+}
+
+/// Offsets in `struct tcp_info` of `linux/tcp.h`. The structure only ever grows at its end, so an offset is good for ever;
+/// an older kernel returns fewer bytes.
+mod at {
+    pub const FLAGS: usize = 7;
+    pub const SND_MSS: usize = 16;
+    pub const LOST: usize = 32;
+    pub const RTT: usize = 68;
+    pub const RTTVAR: usize = 72;
+    pub const SND_CWND: usize = 80;
+    pub const RCV_RTT: usize = 92;
+    pub const TOTAL_RETRANS: usize = 100;
+    pub const PACING_RATE: usize = 104;
+    pub const NOTSENT_BYTES: usize = 144;
+    pub const MIN_RTT: usize = 148;
+    pub const DELIVERY_RATE: usize = 160;
+    pub const BUSY_TIME: usize = 168;
+    pub const RWND_LIMITED: usize = 176;
+    pub const SNDBUF_LIMITED: usize = 184;
+}
+
+/// Reads `TCP_INFO`. Fails with the kernel's error on anything that is not a TCP socket.
+pub fn tcp_info(socket: impl AsFd) -> io::Result<TcpInfo> {
+    let mut raw = [0u8; 256];
+    let mut length = raw.len() as libc::socklen_t;
+    // SAFETY: the pointer and the length describe `raw`, which outlives the call; the kernel writes at most `length` bytes and
+    // any bytes are a valid [u8; 256].
+    let answer = unsafe {
+        libc::getsockopt(
+            socket.as_fd().as_raw_fd(),
+            libc::IPPROTO_TCP,
+            libc::TCP_INFO,
+            raw.as_mut_ptr().cast(),
+            &mut length,
+        )
+    };
+    if answer != 0 {
+        return Err(io::Error::last_os_error());
+    }
+    let word = |offset: usize| u32::from_ne_bytes(raw[offset..offset + 4].try_into().unwrap_or_default());
+    let long = |offset: usize| u64::from_ne_bytes(raw[offset..offset + 8].try_into().unwrap_or_default());
+    Ok(TcpInfo {
+        rtt_us: word(at::RTT),
+        rtt_var_us: word(at::RTTVAR),
+        min_rtt_us: word(at::MIN_RTT),
+        receive_rtt_us: word(at::RCV_RTT),
+        cwnd_segments: word(at::SND_CWND),
+        mss_bytes: word(at::SND_MSS),
+        lost_segments: word(at::LOST),
+        retransmits: word(at::TOTAL_RETRANS),
+        pacing_bytes_per_s: long(at::PACING_RATE),
+        delivery_bytes_per_s: long(at::DELIVERY_RATE),
+        busy_us: long(at::BUSY_TIME),
+        receiver_limited_us: long(at::RWND_LIMITED),
+        send_buffer_limited_us: long(at::SNDBUF_LIMITED),
+        notsent_bytes: word(at::NOTSENT_BYTES),
+        delivery_app_limited: raw[at::FLAGS] & 1 == 1,
+    })
+}
+
+/// Sets the kernel's pacing of one socket in bytes per second; `u64::MAX` is unlimited. The 32-bit form of the option ends
+/// at 34 Gbit/s, so only the 64-bit one is offered (Linux 4.20 and later).
+pub fn set_max_pacing_rate(socket: impl AsFd, bytes_per_s: u64) -> io::Result<()> {
+    // SAFETY: the pointer and the size describe a u64 that outlives the call; the kernel only reads it.
+    let answer = unsafe {
+        libc::setsockopt(
+            socket.as_fd().as_raw_fd(),
+            libc::SOL_SOCKET,
+            libc::SO_MAX_PACING_RATE,
+            std::ptr::from_ref(&bytes_per_s).cast(),
+            size_of::<u64>() as libc::socklen_t,
+        )
+    };
+    if answer == 0 { Ok(()) } else { Err(io::Error::last_os_error()) }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::io::{Read, Write};
+    use std::net::{TcpListener, TcpStream};
+
+    fn pair() -> (TcpStream, TcpStream) {
+        let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+        let near = TcpStream::connect(listener.local_addr().unwrap()).unwrap();
+        (near, listener.accept().unwrap().0)
+    }
+
+    #[test]
+    fn a_connection_that_moved_bytes_has_a_round_trip_a_window_and_busy_time() {
+        let (mut near, mut far) = pair();
+        near.write_all(&[7; 100_000]).unwrap();
+        let mut got = vec![0; 100_000];
+        far.read_exact(&mut got).unwrap();
+        let info = tcp_info(&near).unwrap();
+        assert!(info.rtt_us > 0 && info.rtt_us < 10_000_000, "{info:?}");
+        assert!(info.cwnd_segments > 0 && info.mss_bytes > 500, "{info:?}");
+        assert_eq!(info.notsent_bytes, 0);
+        assert!(info.busy_us > 0 && info.busy_us < 60_000_000, "{info:?}");
+    }
+
+    #[test]
+    fn pacing_above_the_32_bit_limit_reads_back_in_tcp_info() {
+        let (mut near, mut far) = pair();
+        set_max_pacing_rate(&near, 12_500_000_000).unwrap();
+        near.write_all(&[7; 10_000]).unwrap();
+        far.read_exact(&mut [0; 10_000]).unwrap();
+        assert!(tcp_info(&near).unwrap().pacing_bytes_per_s <= 12_500_000_000);
+        set_max_pacing_rate(&near, u64::MAX).unwrap();
+    }
+
+    #[test]
+    fn a_file_is_an_error() {
+        let file = std::fs::File::open("/dev/null").unwrap();
+        assert!(tcp_info(&file).is_err());
+        assert!(set_max_pacing_rate(&file, 1).is_err());
+    }
+}
