@@ -126,7 +126,25 @@ mod tests {
         assert!(info.rtt_us > 0 && info.rtt_us < 10_000_000, "{info:?}");
         assert!(info.cwnd_segments > 0 && info.mss_bytes > 500, "{info:?}");
         assert_eq!(info.notsent_bytes, 0);
-        assert!(info.busy_us > 0 && info.busy_us < 60_000_000, "{info:?}");
+    }
+
+    #[test]
+    fn a_reader_that_does_not_read_shows_as_busy_time_limited_by_the_receiver() {
+        let (mut near, far) = pair();
+        near.set_nonblocking(true).unwrap();
+        let full = |near: &mut TcpStream| near.write(&[7; 100_000]).is_err();
+        let deadline = std::time::Instant::now() + std::time::Duration::from_secs(10);
+        loop {
+            // The kernel counts in jiffies, and auto-tuning makes room again for a while.
+            full(&mut near);
+            let info = tcp_info(&near).unwrap();
+            if info.receiver_limited_us > 0 && info.busy_us >= info.receiver_limited_us {
+                break;
+            }
+            assert!(std::time::Instant::now() < deadline, "{info:?}");
+            std::thread::yield_now();
+        }
+        drop(far);
     }
 
     #[test]
