@@ -165,6 +165,9 @@ pub struct Config {
     pub max_connections: u32,
     #[serde(default)]
     pub rate_mbits_per_s: u64,
+    /// Threads that carry connections; 0 lets the relay choose.
+    #[serde(default)]
+    pub workers: usize,
     pub lease_s: f64,
     pub lifetime_s: f64,
     #[serde(default = "default_hello_timeout_s")]
@@ -264,6 +267,9 @@ impl Config {
         }
         if !(1..=65536).contains(&self.max_connections) {
             return Err(format!("max_connections: {}, 1 to 65536 is allowed", self.max_connections));
+        }
+        if self.workers > 64 {
+            return Err(format!("workers: {}, 0 to 64 is allowed", self.workers));
         }
         for (name, value, least) in [
             ("lease_s", self.lease_s, 0.1),

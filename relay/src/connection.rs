@@ -130,6 +130,7 @@ pub struct Connection {
     onward: Mutex<Option<SocketAddr>>,
     first_byte: OnceLock<Duration>,
     legs: Mutex<Option<Legs>>,
+    paused: [AtomicBool; 2],
     end: Notify,
     end_reason: OnceLock<&'static str>,
     /// Kept by the supervisor: rates, idleness and what limits this connection.
@@ -155,6 +156,7 @@ impl Connection {
             onward: Mutex::new(None),
             first_byte: OnceLock::new(),
             legs: Mutex::new(None),
+            paused: Default::default(),
             end: Notify::new(),
             end_reason: OnceLock::new(),
             gauge: Mutex::default(),
@@ -229,6 +231,11 @@ impl Connection {
             }
             self.end.notified().await;
         }
+    }
+
+    /// Notes whether the peer on `leg` has closed its window; true if that has changed.
+    pub fn paused(&self, leg: Leg, paused: bool) -> bool {
+        self.paused[leg as usize].swap(paused, Ordering::Relaxed) != paused
     }
 
     pub fn bytes(&self) -> u64 {

@@ -13,7 +13,7 @@ use crate::config::{Mode, Probe};
 use crate::errno;
 use crate::listen::Active;
 use crate::preamble::{ANSWER_BYTES, Answer, Kind, Request, Verdict};
-use crate::relay::{Closing, Dial, ProbeResult, Relay};
+use crate::relay::{Closing, Dial, NO_PEERS, ProbeResult, Relay};
 use crate::socket::{close_in_order, connect, read_exact, shutdown_write, write_all};
 use crate::tls::{HandshakeError, Session};
 
@@ -26,7 +26,7 @@ const PAUSE_GROWTH: f64 = 1.6;
 pub async fn serve(relay: Arc<Relay>, active: Active, lan: TcpStream, source: SocketAddr) {
     let connection = relay.open(active.listener(), source);
     let Some(dial) = relay.dial(active.listener().index) else {
-        relay.refuse(active.listener(), "no-peers", source.ip());
+        relay.refuse(active.listener(), NO_PEERS, source.ip());
         return relay.close(&connection, None);
     };
     let called = tokio::select! {

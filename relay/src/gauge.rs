@@ -4,9 +4,10 @@ use std::time::Instant;
 
 use s2ds_sys::{TcpInfo, tcp_info};
 use serde_json::{Value, json};
+use tokio::net::TcpStream;
 
 use crate::config::Role;
-use crate::connection::{Connection, Legs};
+use crate::connection::{Connection, Leg, Legs};
 
 /// Rates are taken over at least this long.
 const WINDOW_S: f64 = 1.0;
@@ -85,6 +86,18 @@ impl Gauge {
         });
     }
 
+    /// Bytes have moved since the last sample.
+    pub fn has_moved(&self, connection: &Connection) -> bool {
+        self.last_moved.is_none_or(|(_, bytes)| bytes != connection.bytes())
+    }
+
+    /// What the last sample saw of each leg.
+    pub fn latest<'a>(&self, legs: &'a Legs) -> Vec<(Leg, &'a TcpStream, TcpInfo)> {
+        let last = self.samples.back();
+        last.map(|sample| vec![(Leg::Lan, &*legs.lan, sample.lan), (Leg::Wan, &*legs.wan, sample.wan)])
+            .unwrap_or_default()
+    }
+
     /// For how long nothing has moved; 0 until the first sample.
     pub fn idle_s(&self, now: Instant) -> f64 {
         self.last_moved.map_or(0.0, |(at, _)| (now - at).as_secs_f64())
@@ -126,7 +139,7 @@ pub fn limiting(role: Role, gauges: &[(f64, Shares)]) -> Value {
 }
 
 /// TCP_INFO of one leg as the status prints it.
-pub fn leg(socket: &tokio::net::TcpStream, age_s: f64) -> Value {
+pub fn leg(socket: &TcpStream, age_s: f64) -> Value {
     let Ok(info) = tcp_info(socket) else { return Value::Null };
     let seconds = |us: u64| us as f64 / 1e6;
     // The kernel says u64::MAX for "no pacing".

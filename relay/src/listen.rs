@@ -12,7 +12,7 @@ use tokio::net::{TcpListener, TcpStream};
 use crate::config::{Listen, Role};
 use crate::connection::lock;
 use crate::errno;
-use crate::relay::{Listener, Relay};
+use crate::relay::{Listener, NO_PEERS, Relay};
 use crate::workers::Workers;
 
 const BACKLOG: i32 = 4096;
@@ -103,12 +103,19 @@ fn open(address: SocketAddr) -> std::io::Result<StdListener> {
 }
 
 /// Accepts until the relay drains or ends. No error ends it: a shortage pauses it, anything else concerns one connection.
-pub async fn serve(relay: Arc<Relay>, workers: Arc<Workers>, listener: Arc<Listener>, socket: TcpListener) {
-    let half_open = Arc::new(HalfOpen::default());
+pub async fn serve(
+    relay: Arc<Relay>,
+    workers: Arc<Workers>,
+    half_open: Arc<HalfOpen>,
+    listener: Arc<Listener>,
+    socket: TcpListener,
+) {
+    let closes = relay.closes_listeners();
+    tokio::pin!(closes);
     loop {
         let accepted = tokio::select! {
             accepted = socket.accept() => accepted,
-            () = relay.closes_listeners() => return,
+            () = &mut closes => return,
         };
         match accepted {
             Ok((stream, source)) => admit(&relay, &workers, &listener, &half_open, stream, source),
@@ -116,7 +123,7 @@ pub async fn serve(relay: Arc<Relay>, workers: Arc<Workers>, listener: Arc<Liste
                 relay.say_shortage(&error);
                 tokio::select! {
                     () = tokio::time::sleep(PAUSE) => {}
-                    () = relay.closes_listeners() => return,
+                    () = &mut closes => return,
                 }
             }
             // ECONNABORTED and its like: that client is gone, the next one is not.
@@ -138,7 +145,7 @@ fn admit(
         return;
     }
     let cause = if relay.config.role == Role::Prod && !relay.has_peers() {
-        Some("no-peers")
+        Some(NO_PEERS)
     } else if !relay.admits_source(source.ip()) {
         Some("source")
     } else if relay.config.role == Role::Cons

@@ -67,8 +67,8 @@ const EXIT_USAGE: u8 = 64;
 const LONGEST_CONFIGURATION_BYTES: u64 = 4 << 20;
 /// After the end, how long connections have to close their books.
 const CLOSING: Duration = Duration::from_secs(1);
-/// More threads than this were never faster; see the measurements in docs/architecture.md.
-const MOST_WORKERS: usize = 1;
+/// Unless the configuration says otherwise: half of the cores, since the kernel's share of the work needs the others.
+const MOST_WORKERS: usize = 4;
 
 fn main() -> ExitCode {
     let arguments = match Arguments::parse() {
@@ -192,7 +192,11 @@ fn run(configuration: &[u8], directory: &Path, detached: bool) -> ExitCode {
             listeners.push(listener.clone());
             sockets.push((listener, socket));
         }
-        let workers = std::thread::available_parallelism().map_or(1, |cores| cores.get().min(MOST_WORKERS));
+        let workers = match config.workers {
+            0 => std::thread::available_parallelism()
+                .map_or(1, |cores| (cores.get() / 2).clamp(1, MOST_WORKERS)),
+            chosen => chosen,
+        };
         let workers =
             Arc::new(Workers::start(workers).map_err(|error| (errno::of(&error), error.to_string()))?);
         say(
@@ -233,10 +237,11 @@ async fn serve(
     control: tokio::net::UnixListener,
 ) -> End {
     let control = tokio::spawn(control::serve(relay.clone(), control));
+    let half_open = Arc::new(listen::HalfOpen::default());
     let accepting: Vec<_> = sockets
         .into_iter()
         .map(|(listener, socket)| {
-            tokio::spawn(listen::serve(relay.clone(), workers.clone(), listener, socket))
+            tokio::spawn(listen::serve(relay.clone(), workers.clone(), half_open.clone(), listener, socket))
         })
         .collect();
     let probing = (relay.config.role == Role::Cons).then(|| tokio::spawn(cons::probe(relay.clone())));

@@ -113,6 +113,9 @@ pub struct Relay {
     next_connection: AtomicU64,
 }
 
+/// Why a connection is turned away before `update` has brought the peers.
+pub const NO_PEERS: &str = "no-peers";
+
 /// What changes while the relay lives.
 struct Live {
     targets: Vec<SocketAddr>,
@@ -208,6 +211,10 @@ impl Relay {
 
     pub fn user_timeout(&self) -> Duration {
         Duration::from_secs_f64(self.config.user_timeout_s)
+    }
+
+    pub fn user_timeout_ms(&self) -> u32 {
+        u32::try_from(self.user_timeout().as_millis()).unwrap_or(u32::MAX)
     }
 
     pub fn connect_timeout(&self) -> Duration {
@@ -364,9 +371,12 @@ impl Relay {
         let mut live = self.live();
         live.total += 1;
         live.hello_end = None;
+        let first = live.total == 1;
         drop(live);
         self.events.emit("open", connection.describe());
-        self.wake.notify_one();
+        if first {
+            self.wake.notify_one();
+        }
     }
 
     /// Removes a connection and adds it up. `reason` is None when it never was a data connection.
@@ -383,6 +393,7 @@ impl Relay {
             live.aborted += 1;
             live.first_abort.get_or_insert((reason, closing.text.clone().unwrap_or_default()));
         }
+        let last = live.connections.is_empty();
         drop(live);
         let mut fields = connection.describe();
         if let (Some(fields), Value::Object(account)) = (fields.as_object_mut(), connection.account()) {
@@ -392,14 +403,19 @@ impl Relay {
         fields["reason"] = json!(closing.reason);
         fields["errno"] = json!(closing.text);
         self.events.emit("close", fields);
-        self.wake.notify_one();
+        if last {
+            self.wake.notify_one();
+        }
     }
 
     /// Counts a connection that was turned away; said once a second in sum, so that a scan does not fill the log.
     pub fn refuse(&self, listener: &Listener, cause: &'static str, source: IpAddr) {
-        listener.refused.fetch_add(1, Ordering::Relaxed);
         let mut live = self.live();
-        live.refused += 1;
+        // Before its peers are known a PROD relay turns its own CONS relay away: that is waiting, no refusal.
+        if cause != NO_PEERS {
+            listener.refused.fetch_add(1, Ordering::Relaxed);
+            live.refused += 1;
+        }
         let entry = live.refusals.entry(cause).or_insert((0, source));
         *entry = (entry.0 + 1, source);
     }
@@ -420,6 +436,17 @@ impl Relay {
             "shortage"
         };
         self.live().refusals.entry(cause).or_insert((0, nobody)).0 += 1;
+    }
+
+    pub fn has_connections(&self) -> bool {
+        !self.live().connections.is_empty()
+    }
+
+    /// All bytes so far, both ways.
+    pub fn bytes(&self) -> u64 {
+        let live = self.live();
+        let closed = live.carried.to_consumer + live.carried.to_producer;
+        closed + live.connections.values().map(|connection| connection.bytes()).sum::<u64>()
     }
 
     pub fn connections(&self) -> Vec<Arc<Connection>> {
@@ -480,6 +507,9 @@ impl Relay {
             live.proof = None;
         }
         if let Some(peers) = changes.peers {
+            if self.config.role == Role::Cons {
+                live.proof = None;
+            }
             *self.admitted.write().unwrap_or_else(|poisoned| poisoned.into_inner()) =
                 peers.iter().map(|peer| peer.public_key).collect();
             live.peers = peers;
@@ -554,19 +584,19 @@ impl Relay {
     /// Decides whether this relay has reached its end: called at each tick and after each event.
     pub fn consider(&self, now: Instant) {
         let live = self.live();
-        let active = live.connections.values().filter(|connection| connection.is_connected()).count();
+        let active = || live.connections.values().any(|connection| connection.is_connected());
         let verdict = if now >= self.lifetime_end() {
-            Some((Reason::LifetimeReached, None, active > 0))
+            Some((Reason::LifetimeReached, None, active()))
         } else if let Some(end) = live.drain_end {
             if live.connections.is_empty() {
                 Some((live.drain_reason, None, false))
             } else if now >= end {
-                Some((live.drain_reason, Some("the drain deadline cut connections".into()), active > 0))
+                Some((live.drain_reason, Some("the drain deadline cut connections".into()), active()))
             } else {
                 None
             }
         } else if now >= live.lease_end {
-            Some((Reason::LeaseExpired, None, active > 0))
+            Some((Reason::LeaseExpired, None, active()))
         } else if live.hello_end.is_some_and(|end| now >= end) {
             let (reason, message) = live.why_not_ready(self.config.role);
             Some((reason, Some(message), false))

@@ -12,40 +12,42 @@ const TICK: Duration = Duration::from_millis(250);
 const PACING_TICK: Duration = Duration::from_millis(100);
 const REFUSALS: Duration = Duration::from_secs(1);
 
+/// A connection that has been silent for longer is not sampled again before it moves.
+const SETTLED_S: f64 = 2.0;
+
 /// Runs until the relay ends, and says how.
 pub async fn supervise(relay: &Arc<Relay>) -> End {
     let mut bytes_seen = 0;
+    let mut sampled: Option<Instant> = None;
     let mut refusals_said = Instant::now();
     let mut paced = false;
     loop {
         let now = Instant::now();
-        let connections = relay.connections();
-        let bytes = connections.iter().map(|connection| connection.bytes()).sum::<u64>();
-        if bytes != bytes_seen && !connections.is_empty() {
-            relay.touch();
-        }
-        bytes_seen = bytes;
-        for connection in &connections {
-            look_at(relay, connection, now);
-        }
         let rate = relay.rate_mbits_per_s();
-        if rate > 0 || paced {
-            pace(&connections, rate);
-            paced = rate > 0;
+        let tick = if rate > 0 { PACING_TICK } else { TICK };
+        if sampled.is_none_or(|at| now - at >= tick) {
+            sampled = Some(now);
+            let bytes = relay.bytes();
+            if bytes != bytes_seen {
+                relay.touch();
+            }
+            bytes_seen = bytes;
+            let connections = relay.connections();
+            for connection in &connections {
+                look_at(relay, connection, now);
+            }
+            if rate > 0 || paced {
+                pace(&connections, rate);
+                paced = rate > 0;
+            }
         }
-        if now.duration_since(refusals_said) >= REFUSALS {
+        if now - refusals_said >= REFUSALS {
             relay.say_refusals();
             refusals_said = now;
         }
         relay.consider(now);
-        let tick = if paced && !connections.is_empty() {
-            PACING_TICK
-        } else if connections.is_empty() {
-            REFUSALS
-        } else {
-            TICK
-        };
-        let next = (now + tick).min(relay.next_deadline()).max(now + Duration::from_millis(1));
+        let pause = if relay.has_connections() { tick } else { REFUSALS };
+        let next = (now + pause).min(relay.next_deadline()).max(now + Duration::from_millis(1));
         tokio::select! {
             end = relay.ended() => return end,
             () = relay.wake.notified() => {}
@@ -57,7 +59,18 @@ pub async fn supervise(relay: &Arc<Relay>) -> End {
 fn look_at(relay: &Relay, connection: &Connection, now: Instant) {
     let Some(legs) = connection.legs() else { return };
     let mut gauge = lock(&connection.gauge);
-    gauge.sample(now, connection, &legs);
+    if gauge.idle_s(now) < SETTLED_S || gauge.has_moved(connection) {
+        gauge.sample(now, connection, &legs);
+        for (leg, socket, info) in gauge.latest(&legs) {
+            // Linux counts a closed window against TCP_USER_TIMEOUT even while the peer answers every probe (since 5.11), and
+            // would cut a stream whose reader only pauses. So the time-out holds only while the peer takes data.
+            let paused = info.send_window_bytes.is_some_and(|window| window < info.mss_bytes);
+            if connection.paused(leg, paused) {
+                let timeout_ms = if paused { 0 } else { relay.user_timeout_ms() };
+                let _ = rustix::net::sockopt::set_tcp_user_timeout(socket, timeout_ms);
+            }
+        }
+    }
     let idle_s = relay.config.idle_s;
     if idle_s > 0.0 && gauge.idle_s(now) >= idle_s {
         connection.cut("idle");

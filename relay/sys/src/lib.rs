@@ -25,6 +25,8 @@ pub struct TcpInfo {
     pub receiver_limited_us: u64,
     pub send_buffer_limited_us: u64,
     pub notsent_bytes: u32,
+    /// What the peer is ready to take; None before Linux 5.4.
+    pub send_window_bytes: Option<u32>,
     /// The delivery rate was measured while the sender had nothing more to send.
     pub delivery_app_limited: bool,
 }
@@ -47,6 +49,7 @@ mod at {
     pub const BUSY_TIME: usize = 168;
     pub const RWND_LIMITED: usize = 176;
     pub const SNDBUF_LIMITED: usize = 184;
+    pub const SND_WND: usize = 228;
 }
 
 /// Reads `TCP_INFO`. Fails with the kernel's error on anything that is not a TCP socket.
@@ -84,6 +87,7 @@ pub fn tcp_info(socket: impl AsFd) -> io::Result<TcpInfo> {
         receiver_limited_us: long(at::RWND_LIMITED),
         send_buffer_limited_us: long(at::SNDBUF_LIMITED),
         notsent_bytes: word(at::NOTSENT_BYTES),
+        send_window_bytes: (length as usize >= at::SND_WND + 4).then(|| word(at::SND_WND)),
         delivery_app_limited: raw[at::FLAGS] & 1 == 1,
     })
 }
