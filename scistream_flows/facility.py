@@ -1,0 +1,169 @@
+"""A facility as its clients see it: the same verbs, wherever it is."""
+
+from __future__ import annotations
+
+import json
+import re
+from types import TracebackType
+from typing import Any, Protocol, TypeVar
+
+from pydantic import BaseModel
+
+from scistream_flows.config import load_facility
+from scistream_flows.errors import BadRequest, FacilityUnreachable, NotSupported, error_from_document
+from scistream_flows.models import (
+    Hello,
+    Listing,
+    ListQuery,
+    Offer,
+    Release,
+    Released,
+    Renewal,
+    Request,
+    Status,
+    StatusQuery,
+    Update,
+    read,
+)
+from scistream_flows.s2cs import S2CS
+
+A = TypeVar("A", bound=BaseModel)
+
+
+class Facility(Protocol):
+    """What a client can ask of a facility. Every verb raises the errors of `S2CS`, and FacilityUnreachable."""
+
+    @property
+    def name(self) -> str:
+        """How it was addressed, such as `local:aps`."""
+        ...
+
+    def request(self, document: Request) -> Offer:
+        """Open one side of a stream."""
+        ...
+
+    def hello(self, document: Hello) -> Offer:
+        """Say where the application is."""
+        ...
+
+    def update(self, document: Update) -> Status:
+        """Change a running side."""
+        ...
+
+    def status(self, document: StatusQuery) -> Status:
+        """See one side."""
+        ...
+
+    def renew(self, document: Renewal) -> Status:
+        """Renew the lease."""
+        ...
+
+    def release(self, document: Release) -> Released:
+        """End one side."""
+        ...
+
+    def list(self, document: ListQuery | None = None) -> Listing:
+        """See the caller's streams."""
+        ...
+
+    def close(self) -> None:
+        """Give back the connection. Streams live on."""
+        ...
+
+
+class LocalFacility:
+    """A facility on this machine, its service in this process.
+
+    Documents and errors pass through JSON text, as they would to a facility far away.
+    """
+
+    def __init__(self, service: S2CS) -> None:
+        self._service = service
+
+    @property
+    def name(self) -> str:
+        """How it is addressed."""
+        return f"local:{self._service.config.name}"
+
+    def request(self, document: Request) -> Offer:
+        """Open one side of a stream."""
+        return self._ask("request", document, Offer)
+
+    def hello(self, document: Hello) -> Offer:
+        """Say where the application is."""
+        return self._ask("hello", document, Offer)
+
+    def update(self, document: Update) -> Status:
+        """Change a running side."""
+        return self._ask("update", document, Status)
+
+    def status(self, document: StatusQuery) -> Status:
+        """See one side."""
+        return self._ask("status", document, Status)
+
+    def renew(self, document: Renewal) -> Status:
+        """Renew the lease."""
+        return self._ask("renew", document, Status)
+
+    def release(self, document: Release) -> Released:
+        """End one side."""
+        return self._ask("release", document, Released)
+
+    def list(self, document: ListQuery | None = None) -> Listing:
+        """See the caller's streams."""
+        return self._ask("list", document or ListQuery(), Listing)
+
+    def close(self) -> None:
+        """Close the service's files. Streams live on."""
+        self._service.close()
+
+    def __enter__(self) -> LocalFacility:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def _ask(self, verb: str, document: BaseModel, answer: type[A]) -> A:
+        text = json.dumps(self._service.answer(verb, document.model_dump_json()))
+        return _understood(json.loads(text), answer, self.name)
+
+
+def connect_facility(address: str) -> Facility:
+    """The facility at `address`.
+
+    Args:
+        address: `local:NAME`, a facility on this machine. Without a configuration file of that name it is a
+            development facility: loopback only.
+
+    Raises:
+        BadRequest: When it is no address of a facility.
+        NotSupported: For `compute:…`, `https://…` and `host:port`.
+        ConfigError: When the facility's configuration is wrong.
+    """
+    kind, separator, rest = address.partition(":")
+    if separator and kind == "local":
+        return LocalFacility(S2CS(load_facility(rest)))
+    if kind == "compute" or re.fullmatch(r"(https?://.+|[^/\s]+:[0-9]+)", address):
+        raise NotSupported(
+            f"{address!r}: facilities over {'Globus Compute' if kind == 'compute' else 'the network'} are not in this"
+            " version",
+            which=address,
+            hint="Use local:NAME, a facility on this machine",
+        )
+    raise BadRequest(
+        f"{address!r} is not the address of a facility",
+        which=address,
+        hint="Use local:NAME, a facility on this machine",
+    )
+
+
+def _understood(answer: dict[str, Any], model: type[A], name: str) -> A:
+    if answer.get("ok") is True:
+        value: dict[str, Any] = answer.get("value") or {}
+        return read(model, value, error=FacilityUnreachable)
+    error = answer.get("error")
+    if not isinstance(error, dict):
+        raise FacilityUnreachable(f"facility {name} gave an answer without value and error", which=name)
+    raise error_from_document(error)

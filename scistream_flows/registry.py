@@ -1,0 +1,449 @@
+"""The streams of one facility, on disk: a SQLite database, a lock per stream, and the audit log.
+
+Everything here survives kill -9 at any point. The intent to start a relay is written before it starts, so that no
+relay is ever unknown; locks are held by the kernel and vanish with their process.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import hashlib
+import json
+import os
+import sqlite3
+import stat
+import struct
+import threading
+import time
+import weakref
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any, Literal, NamedTuple, TypeAlias
+
+from scistream_flows.errors import Busy, ConfigError, NotFound, RegistryError
+from scistream_flows.models import Offer, RelayStatus, Request, Role
+from scistream_flows.policy import Usage
+
+KEEP_ENDED_S = 86_400
+"""How long the end of a stream can be asked for, seconds."""
+
+NETWORK_FILE_SYSTEMS = frozenset(
+    {
+        *("nfs", "nfs4", "cifs", "smb3", "smbfs", "afs", "9p", "lustre", "gpfs", "beegfs", "panfs", "ceph"),
+        *("glusterfs", "pvfs2", "orangefs", "wekafs", "dvs"),
+        *("fuse.sshfs", "fuse.glusterfs", "fuse.ceph", "fuse.juicefs"),
+    }
+)
+
+_SCHEMA_VERSION = 1
+_SCHEMA = """
+CREATE TABLE streams (
+    id INTEGER PRIMARY KEY,
+    owner TEXT NOT NULL,
+    uid TEXT NOT NULL,
+    role TEXT NOT NULL CHECK (role IN ('PROD', 'CONS')),
+    phase TEXT NOT NULL CHECK (phase IN ('opening', 'open', 'ended')),
+    request TEXT NOT NULL,
+    offer TEXT,
+    ended TEXT,
+    ended_at REAL,
+    UNIQUE (owner, uid, role)
+);
+CREATE TABLE relays (
+    relay_id TEXT PRIMARY KEY,
+    stream INTEGER NOT NULL REFERENCES streams (id) ON DELETE CASCADE,
+    gateway TEXT NOT NULL,
+    listeners INTEGER NOT NULL,
+    reserved_mbits_per_s INTEGER NOT NULL
+);
+CREATE INDEX relays_of_stream ON relays (stream);
+"""
+
+Phase = Literal["opening", "open", "ended"]
+
+
+class Key(NamedTuple):
+    """What names one side of a stream."""
+
+    owner: str
+    uid: str
+    role: Role
+
+
+@dataclass(frozen=True, kw_only=True)
+class RelayRow:
+    """A relay that was or will be started: written before the start."""
+
+    relay_id: str
+    gateway: str
+    listeners: int
+    reserved_mbits_per_s: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class StreamRow:
+    """One side of a stream. `offer` is None while `opening`; `ended` has the end of each relay once `ended`."""
+
+    id: int
+    key: Key
+    phase: Phase
+    request: Request
+    offer: Offer | None
+    relays: tuple[RelayRow, ...]
+    ended: tuple[RelayStatus, ...]
+
+
+Placement: TypeAlias = Callable[[Usage], Sequence[RelayRow]]
+"""From the usage at that moment to the relays to start, or an error for the caller of `request`."""
+
+# The byte that is locked while the database is opened: SQLite does not wait for the switch to WAL.
+_OPENING = Key("", "", "PROD")
+
+
+class Registry:
+    """The registry in `state_dir`, which is made 0700 when it is not there.
+
+    Raises:
+        ConfigError: When the directory is on a network file system, somebody else's, or open to others.
+        RegistryError: When it cannot be read or written.
+    """
+
+    def __init__(self, state_dir: Path) -> None:
+        self.state_dir = state_dir
+        _prepare(state_dir)
+        self._lock_file = state_dir / "locks"
+        self._database = state_dir / "registry.sqlite"
+        self._mutex = threading.RLock()
+        self._connection: sqlite3.Connection | None = None
+        self._pid = 0
+        self._closing: weakref.finalize[..., Registry] | None = None
+        with self._transaction():
+            pass
+
+    def close(self) -> None:
+        """Close the database. The registry opens it again when it is used again."""
+        with self._mutex:
+            if self._closing is not None:
+                self._closing()
+            self._connection = None
+
+    # --- locks
+
+    @contextlib.contextmanager
+    def lock(self, key: Key, *, timeout_s: float) -> Iterator[None]:
+        """Hold the stream `key` against every other thread and process on this registry.
+
+        Raises:
+            Busy: When another one holds it for `timeout_s` seconds.
+        """
+        with contextlib.ExitStack() as stack:
+            deadline = time.monotonic() + timeout_s
+            pause_s = 0.002
+            while not self._try_lock(key, stack):
+                if time.monotonic() >= deadline:
+                    raise Busy(
+                        f"another process has been working on stream {key.uid!r} ({key.role}) for {timeout_s:g} s",
+                        which=key.uid,
+                        hint="Try again; if it lasts, look for a process of the facility that hangs",
+                    )
+                time.sleep(pause_s)
+                pause_s = min(2 * pause_s, 0.05)
+            yield
+
+    @contextlib.contextmanager
+    def lock_if_free(self, key: Key) -> Iterator[bool]:
+        """Hold the stream `key` if nobody does; answers whether it is held."""
+        with contextlib.ExitStack() as stack:
+            yield self._try_lock(key, stack)
+
+    def _try_lock(self, key: Key, stack: contextlib.ExitStack) -> bool:
+        # One byte of one file per stream, locked by open file description: the kernel frees it with the process,
+        # threads exclude each other too, and no file per stream stays behind.
+        file = os.open(self._lock_file, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        digest = hashlib.sha256("\0".join(key).encode()).digest()
+        start = int.from_bytes(digest[:8], "big") >> 2
+        request = struct.pack("hhqqi0q", fcntl.F_WRLCK, os.SEEK_SET, start, 1, 0)
+        try:
+            fcntl.fcntl(file, fcntl.F_OFD_SETLK, request)
+        except BlockingIOError:
+            os.close(file)
+            return False
+        except BaseException:
+            os.close(file)
+            raise
+        stack.callback(_unlock, file, start)
+        return True
+
+    # --- streams
+
+    def find(self, key: Key) -> StreamRow | None:
+        """The stream of exactly this owner."""
+        with self._transaction() as db:
+            row = db.execute("SELECT * FROM streams WHERE owner = ? AND uid = ? AND role = ?", key).fetchone()
+            return None if row is None else _stream(db, row)
+
+    def named(self, uid: str, role: Role) -> list[StreamRow]:
+        """The streams of this name of all owners."""
+        with self._transaction() as db:
+            rows = db.execute(
+                "SELECT * FROM streams WHERE uid = ? AND role = ? ORDER BY id", (uid, role)
+            ).fetchall()
+            return [_stream(db, row) for row in rows]
+
+    def streams(self, *phases: Phase) -> list[StreamRow]:
+        """The streams in these phases, oldest first."""
+        with self._transaction() as db:
+            rows = db.execute("SELECT * FROM streams ORDER BY id").fetchall()
+            return [_stream(db, row) for row in rows if row["phase"] in phases]
+
+    def relays(self) -> dict[str, tuple[Key, Phase]]:
+        """Each relay_id that is written down, with its stream."""
+        with self._transaction() as db:
+            rows = db.execute(
+                "SELECT relay_id, owner, uid, role, phase FROM relays JOIN streams ON streams.id = relays.stream"
+            ).fetchall()
+            return {
+                row["relay_id"]: (Key(row["owner"], row["uid"], row["role"]), row["phase"]) for row in rows
+            }
+
+    def claim(self, key: Key, request: Request, place: Placement) -> StreamRow:
+        """Write the intent to open a stream, in place of an ended one of the same name.
+
+        `place` is called with the usage at that moment, inside the transaction: what it admits cannot be given away
+        twice. The caller holds the stream's lock.
+        """
+        with self._transaction() as db:
+            relays = place(_usage(db, key.owner))
+            db.execute("DELETE FROM streams WHERE owner = ? AND uid = ? AND role = ?", key)
+            cursor = db.execute(
+                "INSERT INTO streams (owner, uid, role, phase, request) VALUES (?, ?, ?, 'opening', ?)",
+                (*key, request.model_dump_json()),
+            )
+            db.executemany(
+                "INSERT INTO relays (relay_id, stream, gateway, listeners, reserved_mbits_per_s)"
+                " VALUES (?, ?, ?, ?, ?)",
+                [
+                    (one.relay_id, cursor.lastrowid, one.gateway, one.listeners, one.reserved_mbits_per_s)
+                    for one in relays
+                ],
+            )
+            row = db.execute("SELECT * FROM streams WHERE id = ?", (cursor.lastrowid,)).fetchone()
+            return _stream(db, row)
+
+    def opened(self, stream: StreamRow, offer: Offer) -> None:
+        """The relays run: write the offer."""
+        with self._transaction() as db:
+            db.execute(
+                "UPDATE streams SET phase = 'open', offer = ? WHERE id = ?",
+                (offer.model_dump_json(), stream.id),
+            )
+
+    def ended(self, stream: StreamRow, ends: Sequence[RelayStatus]) -> None:
+        """The relays are gone: write how they ended. A stream that has an end keeps it."""
+        text = json.dumps([one.model_dump(mode="json", exclude_defaults=True) | _kept(one) for one in ends])
+        with self._transaction() as db:
+            db.execute(
+                "UPDATE streams SET phase = 'ended', ended = ?, ended_at = ? WHERE id = ? AND phase != 'ended'",
+                (text, time.time(), stream.id),
+            )
+            db.execute(
+                "DELETE FROM streams WHERE phase = 'ended' AND ended_at < ?", (time.time() - KEEP_ENDED_S,)
+            )
+
+    def discard(self, stream: StreamRow) -> None:
+        """Take back a claim whose relays did not start."""
+        with self._transaction() as db:
+            db.execute("DELETE FROM streams WHERE id = ?", (stream.id,))
+
+    # --- audit
+
+    def audit(self, event: str, key: Key, **details: Any) -> None:
+        """Append one JSON line to `audit.jsonl` (0600): `at, event, owner, uid, role` and the details.
+
+        Raises:
+            RegistryError: When the line cannot be written.
+        """
+        at = datetime.now(timezone.utc).isoformat(timespec="milliseconds").replace("+00:00", "Z")
+        line = json.dumps({"at": at, "event": event, **key._asdict(), **details}) + "\n"
+        try:
+            file = os.open(
+                self.state_dir / "audit.jsonl", os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o600
+            )
+            try:
+                os.write(file, line.encode())  # one write: lines of several processes do not mix
+            finally:
+                os.close(file)
+        except OSError as wrong:
+            raise _unusable(self.state_dir, wrong) from wrong
+
+    # --- the database
+
+    @contextlib.contextmanager
+    def _transaction(self) -> Iterator[sqlite3.Connection]:
+        with self._mutex:
+            try:
+                db = self._open()
+                db.execute("BEGIN IMMEDIATE")
+                try:
+                    yield db
+                except BaseException:
+                    db.rollback()
+                    raise
+                db.commit()
+            except sqlite3.Error as wrong:
+                raise _unusable(self.state_dir, wrong) from wrong
+
+    def _open(self) -> sqlite3.Connection:
+        if self._connection is not None and self._pid == os.getpid():
+            return self._connection
+        # a connection does not survive a fork: the child leaves the parent's alone and opens its own
+        if self._closing is not None:
+            self._closing.detach()
+        with self.lock(_OPENING, timeout_s=30):
+            db = self._connect()
+        self._connection, self._pid = db, os.getpid()
+        self._closing = weakref.finalize(self, _close_own, db, self._pid)
+        return db
+
+    def _connect(self) -> sqlite3.Connection:
+        db = sqlite3.connect(self._database, timeout=30, isolation_level=None, check_same_thread=False)
+        try:
+            self._database.chmod(0o600)
+            db.row_factory = sqlite3.Row
+            db.execute("PRAGMA journal_mode = WAL")
+            db.execute("PRAGMA synchronous = NORMAL")
+            db.execute("PRAGMA foreign_keys = ON")
+            db.execute("BEGIN IMMEDIATE")
+            version = db.execute("PRAGMA user_version").fetchone()[0]
+            if version == 0:
+                for statement in _SCHEMA.split(";\n"):
+                    db.execute(statement)
+                db.execute(f"PRAGMA user_version = {_SCHEMA_VERSION}")
+            elif version != _SCHEMA_VERSION:
+                raise RegistryError(
+                    f"{self._database} has layout {version}, this version reads {_SCHEMA_VERSION}",
+                    which=str(self._database),
+                    hint="Use the version that wrote it, or release its streams and move the file away",
+                )
+            db.execute("COMMIT")
+        except BaseException:
+            db.close()
+            raise
+        return db
+
+
+def not_found(uid: str, role: Role) -> NotFound:
+    """The one answer for a stream that is not there and for one that is not the caller's."""
+    return NotFound(
+        f"there is no stream {uid!r} with role {role} for this caller",
+        which=uid,
+        hint="List your streams; one that has ended is forgotten after a day",
+    )
+
+
+def _stream(db: sqlite3.Connection, row: sqlite3.Row) -> StreamRow:
+    relays = db.execute("SELECT * FROM relays WHERE stream = ? ORDER BY rowid", (row["id"],)).fetchall()
+    return StreamRow(
+        id=row["id"],
+        key=Key(row["owner"], row["uid"], row["role"]),
+        phase=row["phase"],
+        request=Request.model_validate_json(row["request"]),
+        offer=None if row["offer"] is None else Offer.model_validate_json(row["offer"]),
+        relays=tuple(
+            RelayRow(
+                relay_id=one["relay_id"],
+                gateway=one["gateway"],
+                listeners=one["listeners"],
+                reserved_mbits_per_s=one["reserved_mbits_per_s"],
+            )
+            for one in relays
+        ),
+        ended=tuple(RelayStatus.model_validate(one) for one in json.loads(row["ended"] or "[]")),
+    )
+
+
+def _usage(db: sqlite3.Connection, owner: str) -> Usage:
+    streams = db.execute(
+        "SELECT count(*) FROM streams WHERE owner = ? AND phase != 'ended'", (owner,)
+    ).fetchone()[0]
+    rows = db.execute(
+        "SELECT gateway, sum(listeners) AS listeners, sum(reserved_mbits_per_s) AS reserved FROM relays"
+        " JOIN streams ON streams.id = relays.stream WHERE phase != 'ended' GROUP BY gateway"
+    ).fetchall()
+    return Usage(
+        streams_of_owner=streams,
+        reserved_mbits_per_s={row["gateway"]: row["reserved"] for row in rows},
+        listeners={row["gateway"]: row["listeners"] for row in rows},
+    )
+
+
+def _kept(end: RelayStatus) -> dict[str, Any]:
+    return {"protocol": end.protocol, "relay_id": end.relay_id, "role": end.role, "state": end.state}
+
+
+def _unlock(file: int, start: int) -> None:
+    # said explicitly: a forked child may hold a copy of the descriptor, and closing ours would not free the lock
+    try:
+        fcntl.fcntl(file, fcntl.F_OFD_SETLK, struct.pack("hhqqi0q", fcntl.F_UNLCK, os.SEEK_SET, start, 1, 0))
+    finally:
+        os.close(file)
+
+
+def _close_own(db: sqlite3.Connection, pid: int) -> None:
+    if pid == os.getpid():
+        db.close()
+
+
+def _unusable(state_dir: Path, wrong: Exception) -> RegistryError:
+    return RegistryError(
+        f"the state in {state_dir} cannot be used: {wrong}",
+        which=str(state_dir),
+        hint="Look at the disk and its permissions, or set SCISTREAM_STATE_DIR to another local directory",
+    )
+
+
+def _prepare(state_dir: Path) -> None:
+    try:
+        state_dir.parent.mkdir(parents=True, exist_ok=True)
+        state_dir.mkdir(mode=0o700, exist_ok=True)
+        about = state_dir.stat()
+    except OSError as wrong:
+        raise _unusable(state_dir, wrong) from wrong
+    hint = "Set SCISTREAM_STATE_DIR to a directory on a local disk, such as below /var/tmp"
+    if not stat.S_ISDIR(about.st_mode) or about.st_uid != os.geteuid() or about.st_mode & 0o077:
+        raise ConfigError(
+            f"the state directory {state_dir} is not a directory of this user alone",
+            which=str(state_dir),
+            hint="Make it 0700 and owned by the user who runs the facility, or set SCISTREAM_STATE_DIR",
+            file=str(state_dir),
+            key="state_dir",
+        )
+    kind = file_system_of(state_dir)
+    if kind in NETWORK_FILE_SYSTEMS:
+        raise ConfigError(
+            f"the state directory {state_dir} is on a network file system ({kind}), where locks cannot be trusted",
+            which=str(state_dir),
+            hint=hint,
+            file=str(state_dir),
+            key="state_dir",
+        )
+
+
+def file_system_of(path: Path, *, mountinfo: Path = Path("/proc/self/mountinfo")) -> str:
+    """The type of the file system that `path` is on, such as `ext4` or `nfs4`; empty when it cannot be told."""
+    resolved = path.resolve()
+    best, kind = -1, ""
+    try:
+        lines = mountinfo.read_text(encoding="utf-8", errors="surrogateescape").splitlines()
+    except OSError:
+        return ""
+    for line in lines:
+        fields, _, rest = line.partition(" - ")
+        mounted = Path(fields.split()[4].replace("\\040", " ").replace("\\011", "\t").replace("\\134", "\\"))
+        # the last of equal depth wins: later mounts lie over earlier ones
+        if (resolved == mounted or mounted in resolved.parents) and len(mounted.parts) >= best:
+            best, kind = len(mounted.parts), rest.split()[0]
+    return kind
