@@ -1,0 +1,18 @@
+# Each target does its own set-up (tools/setup) and is quick when that stands.
+# PYTHON=python3.12 make … uses another interpreter; ARGS=… is passed on to the demo or to pytest.
+.PHONY: demo test check wheel clean
+
+demo:
+	@tools/setup demo .venv/bin/python examples/demo/run.py $(ARGS)
+
+test:
+	@tools/setup demo,test .venv/bin/python -m pytest -m "not soak" $(ARGS)
+
+check:
+	@tools/setup demo,test tools/check
+
+wheel:
+	@tools/setup demo,test .venv/bin/python -m build --wheel --outdir dist
+
+clean:
+	rm -rf .venv .setup.lock build dist relay/target *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
