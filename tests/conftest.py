@@ -1,0 +1,176 @@
+"""Shared by the tests. Fixtures of the control plane first; each says what it leaves behind: nothing."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import os
+import random
+import signal
+import socket
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from scistream_flows.config import load_facility
+from scistream_flows.s2cs import S2CS
+
+
+@pytest.fixture
+def state_base(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """The directory that holds the state of every facility of this test; after it, no relay of theirs may run."""
+    base = tmp_path / "state"
+    base.mkdir()
+    for variable in [name for name in os.environ if name.startswith("SCISTREAM_")]:
+        monkeypatch.delenv(variable)
+    monkeypatch.setenv("SCISTREAM_STATE_DIR", str(base))
+    monkeypatch.setenv("SCISTREAM_CONFIG_DIR", str(tmp_path / "no-configuration"))
+    yield base
+    left = relay_pids(base, patience_s=5)
+    for pid in left:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
+    assert not left, f"{len(left)} relays were left running"
+
+
+@pytest.fixture
+def relays_below() -> Callable[..., list[int]]:
+    """A function from a state directory to the pids of the relays that run for it."""
+    return relay_pids
+
+
+def relay_pids(state: Path, *, patience_s: float = 0) -> list[int]:
+    """The pids of the `s2ds` processes whose runtime directory is below `state`; waits for there to be none."""
+    deadline = time.monotonic() + patience_s
+    while True:
+        found = [int(one.name) for one in Path("/proc").glob("[0-9]*") if _serves(one, state)]
+        if not found or time.monotonic() >= deadline:
+            return found
+        time.sleep(0.02)
+
+
+def _serves(process: Path, state: Path) -> bool:
+    """Whether a process is a relay, which lives in its runtime directory, or starts one."""
+    try:
+        arguments = (process / "cmdline").read_bytes().split(b"\0")
+        if not arguments[0].endswith(b"s2ds"):
+            return False
+        below = [
+            os.fsencode(state) + b"/" in one
+            for one in (*arguments, os.fsencode((process / "cwd").readlink()))
+        ]
+    except OSError:  # it is gone, or a zombie
+        return False
+    return any(below)
+
+
+@pytest.fixture
+def facility(state_base: Path) -> Iterator[Callable[..., S2CS]]:  # noqa: ARG001 - where the state goes
+    """A function that makes the service of a development facility; with the same name, one more on the same state."""
+    services: list[S2CS] = []
+
+    def make(name: str = "aps", **environment: str) -> S2CS:
+        services.append(S2CS(load_facility(name, environment={**os.environ, **environment})))
+        return services[-1]
+
+    yield make
+    for service in services:
+        service.close()
+
+
+class Application:
+    """A listening application: sends `payload` to each connection, and hashes what it gets until the end of input."""
+
+    def __init__(self, payload: bytes) -> None:
+        self.payload = payload
+        self.received: list[str] = []
+        self.accepted = 0
+        self._server = socket.create_server(("127.0.0.1", 0), backlog=64)
+        self.address = "{}:{}".format(*self._server.getsockname())
+        self._threads = [threading.Thread(target=self._accept)]
+        self._threads[0].start()
+
+    def close(self) -> None:
+        """Stop listening, and wait for the connections."""
+        with contextlib.suppress(OSError):
+            self._server.shutdown(socket.SHUT_RDWR)
+        for thread in list(self._threads):
+            thread.join(10)
+        self._server.close()
+
+    def _accept(self) -> None:
+        with contextlib.suppress(OSError):
+            while True:
+                connection, _ = self._server.accept()
+                self.accepted += 1
+                self._threads.append(threading.Thread(target=self._serve, args=(connection,)))
+                self._threads[-1].start()
+
+    def _serve(self, connection: socket.socket) -> None:
+        with connection, contextlib.suppress(OSError):
+            connection.settimeout(30)
+            self.received.append(exchange(connection, self.payload))
+
+
+def exchange(connection: socket.socket, payload: bytes) -> str:
+    """Send `payload` and the end of output while receiving until the end of input; the hash of what came."""
+    connection.settimeout(30)
+
+    def send() -> None:
+        with contextlib.suppress(OSError):
+            connection.sendall(payload)
+            connection.shutdown(socket.SHUT_WR)
+
+    sender = threading.Thread(target=send)
+    sender.start()
+    digest = hashlib.sha256()
+    try:
+        while block := connection.recv(1 << 16):
+            digest.update(block)
+    finally:
+        sender.join(30)
+    return digest.hexdigest()
+
+
+def connect_and_exchange(address: str, payload: bytes) -> str:
+    """Connect to `ip:port` and exchange payloads; the hash of what came."""
+    host, port = address.rsplit(":", 1)
+    with socket.create_connection((host, int(port)), timeout=30) as connection:
+        return exchange(connection, payload)
+
+
+@pytest.fixture
+def talk() -> Callable[[str, bytes], str]:
+    """A function that connects to an address, sends a payload, and answers the hash of what it got."""
+    return connect_and_exchange
+
+
+@pytest.fixture
+def application() -> Iterator[Application]:
+    """A listening application on loopback with 3 MB to send, none of it alike."""
+    application = Application(random.Random(1).randbytes(3_000_000))  # noqa: S311 - no secret
+    yield application
+    application.close()
+
+
+@pytest.fixture
+def free_address() -> str:
+    """An address of loopback where nobody listens."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        return "{}:{}".format(*server.getsockname())
+
+
+@pytest.fixture
+def within() -> Callable[..., None]:
+    """A function that waits until a condition holds, and fails past its deadline."""
+
+    def wait(condition: Callable[[], object], *, timeout_s: float = 5, what: str = "") -> None:
+        deadline = time.monotonic() + timeout_s
+        while not condition():
+            assert time.monotonic() < deadline, f"not within {timeout_s} s: {what or condition}"
+            time.sleep(0.01)
+
+    return wait

@@ -1,0 +1,44 @@
+"""Fixtures of the relay's tests: a gateway that must be empty in the end, and the applications on both sides."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from .apps import Applications, Tap
+from .gateway import MODES, Gateway, find_binary
+
+
+@pytest.fixture(scope="session")
+def binary() -> Path:
+    return find_binary()
+
+
+@pytest.fixture
+def gateway(binary: Path) -> Iterator[Gateway]:
+    gateway = Gateway(binary)
+    yield gateway
+    gateway.close()
+
+
+@pytest.fixture
+def apps(gateway: Gateway) -> Iterator[Applications]:  # noqa: ARG001 - closed before the gateway is
+    apps = Applications()
+    yield apps
+    apps.close()
+
+
+@pytest.fixture
+def tap(apps: Applications) -> Tap:
+    return Tap(apps)
+
+
+@pytest.fixture(params=MODES)
+def mode(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
+
+
+@pytest.fixture(params=[mode for mode in MODES if mode != "none"])
+def proven_mode(request: pytest.FixtureRequest) -> str:
+    """A mode in which the peers prove their keys."""
+    return str(request.param)

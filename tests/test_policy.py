@@ -1,0 +1,186 @@
+"""Policy: pure functions over a request, the configuration and what is in use."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from scistream_flows import policy
+from scistream_flows.config import FacilityConfig, GatewayConfig, Policy
+from scistream_flows.errors import BadRequest, CapacityExhausted, NotSupported, PolicyDenied, PortsExhausted
+from scistream_flows.models import Peer, Request
+from scistream_flows.policy import Usage
+
+KEY = "A" * 43
+
+
+def gateway(name: str = "gw1", **changes: Any) -> GatewayConfig:
+    return GatewayConfig.model_validate(
+        {"name": name, "wan_bind": "192.0.2.10", "lan_bind": "10.0.0.10", "port_range": "5100-5109"} | changes
+    )
+
+
+def facility(*gateways: GatewayConfig, **changes: Any) -> FacilityConfig:
+    return FacilityConfig(
+        name="aps",
+        gateways=gateways or (gateway(),),
+        policy=Policy.model_validate(changes),
+        state_dir=Path("/nowhere"),
+    )
+
+
+def request(**changes: Any) -> Request:
+    return Request.model_validate({"uid": "s", "role": "PROD"} | changes)
+
+
+@pytest.mark.parametrize(
+    ("asked", "limit"),
+    [
+        ({"lease_s": 61}, {"longest_lease_s": 60}),
+        ({"lifetime_s": 3601}, {"longest_lifetime_s": 3600}),
+        ({"hello_timeout_s": 181}, {"longest_hello_timeout_s": 180}),
+        ({"num_conn": 5}, {"max_num_conn": 4}),
+        ({"max_connections": 65}, {"max_connections": 64}),
+    ],
+    ids=str,
+)
+def test_what_is_above_a_limit_is_denied_with_the_limit(asked: dict[str, int], limit: dict[str, int]) -> None:
+    with pytest.raises(PolicyDenied, match=f"Ask for {next(iter(limit.values()))} at most"):
+        policy.admit(request(**asked), facility(**limit))
+    policy.admit(request(**{name: value - 1 for name, value in asked.items()}), facility(**limit))
+
+
+def test_a_mode_that_is_not_allowed_is_denied_with_those_that_are() -> None:
+    with pytest.raises(PolicyDenied, match="Allowed: tls, auth"):
+        policy.admit(request(mode="none"), facility())
+
+
+def test_dialling_from_prod_is_not_supported_yet() -> None:
+    with pytest.raises(NotSupported, match="not supported yet"):
+        policy.admit(request(dial="prod"), facility())
+
+
+@pytest.mark.parametrize(
+    ("address", "rules"),
+    [
+        ("10.1.2.3:5000", ["10.0.0.0/8"]),
+        ("10.1.2.3:5000", ["10.0.0.0/8:5000"]),
+        ("10.1.2.3:5001", ["10.0.0.0/8:5000-6000"]),
+        ("11.1.2.3:5000", ["10.0.0.0/8", "11.0.0.0/8:5000"]),
+        ("[2001:db8::1]:80", ["[2001:db8::/32]:80"]),
+        ("[2001:db8::1]:80", ["2001:db8::/32"]),
+        ("127.0.0.1:80", ["127.0.0.0/8"]),
+        ("127.0.0.1:80", ["127.0.0.1/32:80"]),
+        ("[::1]:80", ["[::1/128]:80"]),
+        ("169.254.169.254:80", ["169.254.169.254/32"]),
+        ("192.0.2.10:22", ["192.0.2.10/32:22"]),
+    ],
+)
+def test_an_address_is_admitted_by_an_entry_that_covers_it(address: str, rules: list[str]) -> None:
+    policy.admit_address(address, kind="targets", facility=facility(targets=rules))
+
+
+# What means something to the gateway itself (loopback, metadata, its own addresses) must be listed itself.
+@pytest.mark.parametrize(
+    ("address", "rules"),
+    [
+        ("10.1.2.3:5001", ["10.0.0.0/8:5000"]),
+        ("11.1.2.3:5000", ["10.0.0.0/8"]),
+        ("10.1.2.3:5000", []),
+        ("[2001:db8::1]:80", ["0.0.0.0/0"]),
+        ("127.0.0.1:80", ["0.0.0.0/0"]),
+        ("[::1]:80", ["::/0"]),
+        ("[::ffff:127.0.0.1]:80", ["::/0", "0.0.0.0/0"]),
+        ("169.254.169.254:80", ["0.0.0.0/0"]),
+        ("[fd00:ec2::254]:80", ["fc00::/7"]),
+        ("[fe80::1]:80", ["::/0"]),
+        ("0.0.0.0:80", ["0.0.0.0/0"]),
+        ("[::]:80", ["::/0"]),
+        ("224.0.0.1:80", ["0.0.0.0/0"]),
+        ("255.255.255.255:80", ["0.0.0.0/0"]),
+        ("192.0.2.10:22", ["192.0.2.0/24"]),
+        ("10.0.0.10:22", ["10.0.0.0/8"]),
+    ],
+)
+def test_an_address_that_no_entry_covers_is_denied(address: str, rules: list[str]) -> None:
+    with pytest.raises(PolicyDenied, match=r"does not allow .+ in targets"):
+        policy.admit_address(address, kind="targets", facility=facility(targets=rules))
+
+
+def test_targets_and_peers_are_lists_of_their_own() -> None:
+    where = facility(targets=["10.0.0.0/8"])
+    with pytest.raises(PolicyDenied, match="Allowed peers: none"):
+        policy.admit_address("10.1.1.1:1", kind="peers", facility=where)
+
+
+def test_consumers_are_admitted_within_the_facilitys_networks() -> None:
+    where = facility(consumers=["10.0.0.0/8", "2001:db8::/32"])
+    policy.admit_consumers(["10.1.0.0/16", "2001:db8::7/128"], where)
+    for wide in ("0.0.0.0/0", "11.0.0.1/32", "::/0"):
+        with pytest.raises(PolicyDenied):
+            policy.admit_consumers([wide], where)
+
+
+def test_loopback_is_the_default_consumer_only_where_the_policy_has_it() -> None:
+    assert policy.default_consumers(facility()) == []
+    assert policy.default_consumers(facility(consumers=["127.0.0.0/8", "::1/128"])) == [
+        "127.0.0.0/8",
+        "::1/128",
+    ]
+
+
+def test_a_peer_of_mode_none_needs_an_allowed_source() -> None:
+    where = facility(peers=["192.0.2.0/24"])
+    policy.admit_peers([Peer(public_key=KEY)], "tls", where)
+    policy.admit_peers([Peer(public_key=KEY, source_addresses=["192.0.2.7/32"])], "none", where)
+    with pytest.raises(BadRequest, match="needs source_addresses"):
+        policy.admit_peers([Peer(public_key=KEY)], "none", where)
+    with pytest.raises(PolicyDenied, match=r"0\.0\.0\.0/0 in peers"):
+        policy.admit_peers([Peer(public_key=KEY, source_addresses=["0.0.0.0/0"])], "none", where)
+
+
+def test_an_owner_has_no_more_streams_than_the_limit() -> None:
+    where = facility(max_streams_per_owner=2)
+    policy.place(request(), where, Usage(streams_of_owner=1))
+    with pytest.raises(PolicyDenied, match="the limit is 2"):
+        policy.place(request(), where, Usage(streams_of_owner=2))
+
+
+def test_listeners_need_ports_and_the_message_says_how_many_are_free() -> None:
+    usage = Usage(listeners={"gw1": 8})
+    policy.place(request(num_conn=2), facility(), usage)
+    with pytest.raises(PortsExhausted, match="num_conn=2 at most"):
+        policy.place(request(num_conn=3), facility(), usage)
+
+
+def test_a_reserved_rate_is_admitted_only_while_the_capacity_lasts() -> None:
+    where = facility(gateway(capacity_mbits_per_s=1000))
+    usage = Usage(reserved_mbits_per_s={"gw1": 900})
+    policy.place(request(rate_mbits_per_s=100), where, usage)
+    policy.place(request(rate_mbits_per_s=0), where, usage)
+    policy.place(request(rate_mbits_per_s=9999, reserve_rate=False), where, usage)
+    with pytest.raises(CapacityExhausted, match="100 Mbit/s are free") as caught:
+        policy.place(request(rate_mbits_per_s=101), where, usage)
+    assert caught.value.details["free_mbits_per_s"] == 100
+
+
+def test_the_gateway_with_most_room_is_taken() -> None:
+    where = facility(gateway("small", capacity_mbits_per_s=100), gateway("large", capacity_mbits_per_s=1000))
+    assert policy.place(request(), where, Usage()).name == "large"
+    assert policy.place(request(), where, Usage(reserved_mbits_per_s={"large": 950})).name == "small"
+    assert policy.place(request(), where, Usage(listeners={"large": 10})).name == "small"
+
+
+def test_rights_belong_to_owner_managers_and_for_seeing_monitors() -> None:
+    stream = {"owner": "urn:a", "managers": ["urn:b", "urn:group"], "monitors": ["urn:c"]}
+    for right, caller, allowed in (
+        ("manage", ["urn:a"], True),
+        ("manage", ["urn:x", "urn:group"], True),
+        ("manage", ["urn:c"], False),
+        ("monitor", ["urn:c"], True),
+        ("monitor", ["urn:x"], False),
+        ("monitor", [], False),
+    ):
+        assert policy.allows(right, caller=caller, **stream) is allowed  # type: ignore[arg-type]

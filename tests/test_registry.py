@@ -1,0 +1,325 @@
+"""The registry: locks that the kernel frees, intents before relays, state that is the user's alone."""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import os
+import signal
+import sqlite3
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from scistream_flows import registry as registry_module
+from scistream_flows.errors import Busy, ConfigError, RegistryError
+from scistream_flows.models import Listener, Offer, OfferedRelay, RelayStatus, Request
+from scistream_flows.policy import Usage
+from scistream_flows.registry import KEEP_ENDED_S, Key, Placement, Registry, RelayRow, file_system_of
+
+KEY = Key("urn:a", "s", "PROD")
+OTHER = Key("urn:b", "s", "PROD")
+
+
+@pytest.fixture
+def registry(tmp_path: Path) -> Iterator[Registry]:
+    registry = Registry(tmp_path / "state")
+    yield registry
+    registry.close()
+
+
+def row(relay_id: str = "1" * 32, *, gateway: str = "gw", listeners: int = 1, reserved: int = 0) -> RelayRow:
+    return RelayRow(relay_id=relay_id, gateway=gateway, listeners=listeners, reserved_mbits_per_s=reserved)
+
+
+def request(uid: str = "s") -> Request:
+    return Request(uid=uid, role="PROD")
+
+
+def offer() -> Offer:
+    relay = OfferedRelay(
+        relay_id="1" * 32,
+        gateway="gw",
+        public_key="A" * 43,
+        listeners=[Listener(index=0, address="192.0.2.1:1")],
+    )
+    return Offer(uid="s", role="PROD", mode="tls", lease_remaining_s=1, relays=[relay])
+
+
+def test_a_stream_goes_from_opening_to_open_to_ended(registry: Registry) -> None:
+    stream = registry.claim(KEY, request(), lambda _: [row()])
+    assert (stream.phase, stream.offer, stream.relays) == ("opening", None, (row(),))
+    registry.opened(stream, offer())
+    found = registry.find(KEY)
+    assert found is not None
+    assert (found.phase, found.offer, found.request) == ("open", offer(), request())
+    end = RelayStatus(relay_id="1" * 32, role="PROD", state="ENDED", reason="finished")
+    registry.ended(stream, [end])
+    found = registry.find(KEY)
+    assert found is not None
+    assert (found.phase, found.ended) == ("ended", (end,))
+
+
+def test_the_first_end_is_the_one_that_stays(registry: Registry) -> None:
+    stream = registry.claim(KEY, request(), lambda _: [row()])
+    registry.ended(stream, [RelayStatus(relay_id="1" * 32, role="PROD", state="ENDED", reason="finished")])
+    registry.ended(stream, [RelayStatus(relay_id="1" * 32, role="PROD", state="FAILED", reason="relay_lost")])
+    found = registry.find(KEY)
+    assert found is not None
+    assert found.ended[0].reason == "finished"
+
+
+def test_streams_of_one_name_belong_to_their_owners(registry: Registry) -> None:
+    registry.claim(KEY, request(), lambda _: [row()])
+    assert registry.find(OTHER) is None
+    registry.claim(OTHER, request(), lambda _: [row("2" * 32)])
+    assert [one.key.owner for one in registry.named("s", "PROD")] == ["urn:a", "urn:b"]
+    assert set(registry.relays()) == {"1" * 32, "2" * 32}
+
+
+def test_a_new_claim_takes_the_place_of_an_ended_stream(registry: Registry) -> None:
+    stream = registry.claim(KEY, request(), lambda _: [row()])
+    registry.ended(stream, [])
+    registry.claim(KEY, request(), lambda _: [row("2" * 32)])
+    assert set(registry.relays()) == {"2" * 32}
+
+
+def test_a_claim_that_is_taken_back_leaves_nothing(registry: Registry) -> None:
+    registry.discard(registry.claim(KEY, request(), lambda _: [row()]))
+    assert registry.find(KEY) is None
+    assert registry.relays() == {}
+
+
+def test_usage_counts_what_is_open_or_opening(registry: Registry) -> None:
+    seen: list[Usage] = []
+
+    def place(relay: RelayRow) -> Placement:
+        def see(usage: Usage) -> list[RelayRow]:
+            seen.append(usage)
+            return [relay]
+
+        return see
+
+    first = registry.claim(KEY, request(), place(row(listeners=3, reserved=100)))
+    registry.claim(OTHER, request(), place(row("2" * 32, listeners=2, reserved=50)))
+    registry.ended(first, [])
+    registry.claim(KEY, request(), place(row("3" * 32)))
+    assert [usage.listeners for usage in seen] == [{}, {"gw": 3}, {"gw": 2}]
+    assert [usage.reserved_mbits_per_s for usage in seen] == [{}, {"gw": 100}, {"gw": 50}]
+    assert [usage.streams_of_owner for usage in seen] == [0, 0, 0]
+
+
+def test_a_placement_that_refuses_leaves_the_ended_stream_as_it_was(registry: Registry) -> None:
+    registry.ended(registry.claim(KEY, request(), lambda _: [row()]), [])
+
+    def refuse(usage: Usage) -> list[RelayRow]:
+        raise Busy(f"no, with {usage.streams_of_owner}")
+
+    with pytest.raises(Busy):
+        registry.claim(KEY, request(), refuse)
+    found = registry.find(KEY)
+    assert found is not None
+    assert found.phase == "ended"
+
+
+def test_ends_are_forgotten_after_a_day(registry: Registry, monkeypatch: pytest.MonkeyPatch) -> None:
+    registry.ended(registry.claim(KEY, request(), lambda _: [row()]), [])
+    later = time.time() + KEEP_ENDED_S + 1
+    monkeypatch.setattr(time, "time", lambda: later)
+    registry.ended(registry.claim(OTHER, request(), lambda _: [row("2" * 32)]), [])
+    assert registry.find(KEY) is None
+    assert registry.find(OTHER) is not None
+
+
+def test_a_lock_holds_against_other_threads_but_not_other_streams(registry: Registry) -> None:
+    refused: list[object] = []
+
+    def contend() -> None:
+        try:
+            with registry.lock(KEY, timeout_s=0.05):
+                refused.append("got it")
+        except Busy as busy:
+            refused.append(busy)
+        with registry.lock(OTHER, timeout_s=0.05):
+            refused.append("the other")
+
+    with registry.lock(KEY, timeout_s=1):
+        thread = threading.Thread(target=contend)
+        thread.start()
+        thread.join()
+        with registry.lock_if_free(KEY) as held:
+            assert not held
+    assert isinstance(refused[0], Busy)
+    assert refused[1] == "the other"
+    with registry.lock_if_free(KEY) as held:
+        assert held
+
+
+def test_a_waiting_thread_gets_the_lock_as_soon_as_it_is_free(registry: Registry) -> None:
+    got = threading.Event()
+
+    def wait() -> None:
+        with registry.lock(KEY, timeout_s=5):
+            got.set()
+
+    thread = threading.Thread(target=wait)
+    with registry.lock(KEY, timeout_s=1):
+        thread.start()
+        assert not got.wait(0.1)
+    assert got.wait(5)
+    thread.join()
+
+
+HOLD = """
+import sys, time
+from pathlib import Path
+from scistream_flows.registry import Key, Registry
+registry = Registry(Path(sys.argv[1]))
+with registry.lock(Key("urn:a", "s", "PROD"), timeout_s=5):
+    print("held", flush=True)
+    time.sleep(60)
+"""
+
+
+def test_a_lock_goes_with_its_process_also_by_kill_9(registry: Registry) -> None:
+    with subprocess.Popen(
+        [sys.executable, "-c", HOLD, str(registry.state_dir)], stdout=subprocess.PIPE, text=True
+    ) as holder:
+        assert holder.stdout is not None
+        assert holder.stdout.readline() == "held\n"
+        with registry.lock_if_free(KEY) as held:
+            assert not held
+        holder.send_signal(signal.SIGKILL)
+        with registry.lock(KEY, timeout_s=5):
+            pass
+
+
+def test_a_forked_child_has_a_database_of_its_own_and_holds_no_lock(registry: Registry) -> None:
+    registry.claim(KEY, request(), lambda _: [row()])
+    child_is_done, parent_is_done = os.pipe(), os.pipe()
+    with registry.lock(KEY, timeout_s=1):
+        pid = os.fork()
+        if pid == 0:
+            ok = registry.find(KEY) is not None
+            os.write(child_is_done[1], b"1" if ok else b"0")
+            os.read(parent_is_done[0], 1)
+            os._exit(0)
+        assert os.read(child_is_done[0], 1) == b"1"
+    with registry.lock(KEY, timeout_s=1):  # although the child still has a copy of the descriptor
+        assert registry.find(KEY) is not None
+    os.write(parent_is_done[1], b"1")
+    os.waitpid(pid, 0)
+    for end in (*child_is_done, *parent_is_done):
+        os.close(end)
+
+
+def open_and_claim(state_dir: Path, number: int) -> int:
+    registry = Registry(state_dir)
+    with registry.lock(KEY, timeout_s=30):
+        registry.claim(Key("urn:a", f"s{number}", "PROD"), request(), lambda _: [row(f"{number:032x}")])
+    registry.close()
+    return number
+
+
+def test_many_processes_open_one_new_registry_at_the_same_time(tmp_path: Path) -> None:
+    with multiprocessing.get_context("spawn").Pool(6) as pool:
+        done = pool.starmap(open_and_claim, [(tmp_path / "state", number) for number in range(12)])
+    registry = Registry(tmp_path / "state")
+    assert len(registry.streams("opening")) == len(done) == 12
+    registry.close()
+
+
+def test_the_state_is_the_users_alone(registry: Registry) -> None:
+    registry.audit("open", KEY, mode="tls")
+    with registry.lock(KEY, timeout_s=1):
+        pass
+    assert registry.state_dir.stat().st_mode & 0o777 == 0o700
+    for file in registry.state_dir.iterdir():
+        assert file.stat().st_mode & 0o077 == 0, file
+
+
+def test_a_directory_that_others_can_enter_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "open").mkdir(mode=0o755)
+    (tmp_path / "open").chmod(0o755)
+    with pytest.raises(ConfigError, match="not a directory of this user alone"):
+        Registry(tmp_path / "open")
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can give a directory away")
+def test_a_directory_of_somebody_else_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "theirs").mkdir(mode=0o700)
+    os.chown(tmp_path / "theirs", 65534, 65534)
+    with pytest.raises(ConfigError, match="not a directory of this user alone"):
+        Registry(tmp_path / "theirs")
+
+
+def test_a_place_that_cannot_hold_it_is_a_typed_error(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(RegistryError, match="cannot be used"):
+        Registry(tmp_path / "file" / "state")
+
+
+MOUNTS = """\
+22 1 254:0 / / rw,relatime shared:1 - ext4 /dev/vda rw
+30 22 0:40 / /home rw,relatime shared:2 - nfs4 server:/home rw
+31 30 0:41 / /home/local rw - tmpfs tmpfs rw
+32 22 0:42 / /my\\040data rw - lustre mgs@tcp:/x rw
+33 22 0:43 / /twice rw - ext4 /dev/a rw
+34 22 0:44 / /twice rw - gpfs /dev/b rw
+"""
+
+
+@pytest.mark.parametrize(
+    ("path", "kind"),
+    [
+        ("/var/lib", "ext4"),
+        ("/home/me/.local", "nfs4"),
+        ("/home/local/x", "tmpfs"),
+        ("/homes", "ext4"),
+        ("/my data/x", "lustre"),
+        ("/twice", "gpfs"),
+    ],
+)
+def test_the_file_system_of_a_path_is_that_of_the_innermost_mount(
+    tmp_path: Path, path: str, kind: str
+) -> None:
+    (tmp_path / "mountinfo").write_text(MOUNTS)
+    assert file_system_of(Path(path), mountinfo=tmp_path / "mountinfo") == kind
+
+
+def test_a_network_file_system_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(registry_module, "file_system_of", lambda _: "lustre")
+    with pytest.raises(ConfigError, match=r"network file system \(lustre\).*SCISTREAM_STATE_DIR"):
+        Registry(tmp_path / "state")
+
+
+def test_a_registry_of_another_layout_is_refused_and_left_alone(registry: Registry) -> None:
+    registry.close()
+    with sqlite3.connect(registry.state_dir / "registry.sqlite") as db:
+        db.execute("PRAGMA user_version = 99")
+    db.close()
+    with pytest.raises(RegistryError, match="layout 99"):
+        Registry(registry.state_dir)
+
+
+def test_the_audit_log_has_one_json_line_an_event(registry: Registry) -> None:
+    registry.audit("open", KEY, mode="tls")
+    registry.audit("close", KEY, reason="finished")
+    lines = [json.loads(line) for line in (registry.state_dir / "audit.jsonl").read_text().splitlines()]
+    assert [(line["event"], line["owner"], line["uid"], line["role"]) for line in lines] == [
+        ("open", *KEY),
+        ("close", *KEY),
+    ]
+    assert lines[0]["at"].endswith("Z")
+
+
+def test_a_registry_that_was_closed_opens_again_when_used(registry: Registry) -> None:
+    registry.claim(KEY, request(), lambda _: [row()])
+    registry.close()
+    registry.close()
+    assert registry.find(KEY) is not None
