@@ -106,6 +106,9 @@ pub fn forget(dir: &RuntimeDir, relay_id: &RelayId) -> Result<Value, Refusal> {
     if UnixStream::connect(dir.socket(relay_id)).is_ok() {
         return Err(Refusal::new("bad-request", format!("relay {relay_id} is alive; stop it first")));
     }
+    if !dir.socket(relay_id).exists() && !dir.log(relay_id).exists() {
+        return Err(Refusal::new("no-such-relay", format!("no relay {relay_id} is known here")));
+    }
     for path in [dir.socket(relay_id), dir.log(relay_id)] {
         match fs::remove_file(&path) {
             Err(error) if error.kind() != std::io::ErrorKind::NotFound => {

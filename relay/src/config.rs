@@ -227,6 +227,8 @@ pub struct Changes {
 
 /// A lease, lifetime or time-out in seconds: ten years is far beyond any policy and keeps `Instant` arithmetic from overflow.
 const LONGEST_S: f64 = 315_360_000.0;
+/// 100 Tbit/s: no network card, and far from the end of 64 bits.
+const FASTEST_MBITS_PER_S: u64 = 100_000_000;
 const MOST_ENTRIES: usize = 4096;
 
 impl Config {
@@ -268,6 +270,7 @@ impl Config {
         if !(1..=65536).contains(&self.max_connections) {
             return Err(format!("max_connections: {}, 1 to 65536 is allowed", self.max_connections));
         }
+        check_rate(self.rate_mbits_per_s)?;
         if self.workers > 64 {
             return Err(format!("workers: {}, 0 to 64 is allowed", self.workers));
         }
@@ -309,6 +312,9 @@ impl Changes {
         if let Some(sources) = &self.sources {
             check_length("sources", sources.len())?;
         }
+        if let Some(rate) = self.rate_mbits_per_s {
+            check_rate(rate)?;
+        }
         if let Some(lease_s) = self.lease_s {
             check_seconds("lease_s", lease_s, 0.1)?;
         }
@@ -322,6 +328,16 @@ pub fn check_seconds(name: &str, value: f64, least: f64) -> Result<(), String> {
         Ok(())
     } else {
         Err(format!("{name}: {value}, {least} to {LONGEST_S} is allowed"))
+    }
+}
+
+fn check_rate(rate_mbits_per_s: u64) -> Result<(), String> {
+    if rate_mbits_per_s <= FASTEST_MBITS_PER_S {
+        Ok(())
+    } else {
+        Err(format!(
+            "rate_mbits_per_s: {rate_mbits_per_s}, 0 (unlimited) to {FASTEST_MBITS_PER_S} is allowed"
+        ))
     }
 }
 

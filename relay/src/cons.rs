@@ -149,8 +149,14 @@ pub async fn probe(relay: Arc<Relay>) {
         }
         if relay.is_proven_through() {
             pause_s = FIRST_PAUSE_S;
-            relay.probe_wake.notified().await;
             pass_lease_on(&relay).await;
+            if relay.lease_to_pass_on().is_some() {
+                // It did not arrive; the far side's lease is not over yet.
+                let again = Duration::from_secs_f64(LONGEST_PAUSE_S);
+                let _ = tokio::time::timeout(again, relay.probe_wake.notified()).await;
+            } else {
+                relay.probe_wake.notified().await;
+            }
         } else {
             let jittered = Duration::from_secs_f64(pause_s * (0.75 + 0.5 * fastrand::f64()));
             // Waking early costs one round of probes; what has changed is probably what they wait for.
@@ -181,16 +187,20 @@ async fn probe_all(relay: &Arc<Relay>, kind: Kind) -> Result<bool, ProbeResult> 
     Ok(true)
 }
 
-/// A renewal at CONS reaches each PROD relay over the leg that its key has proven.
+/// A renewal at CONS reaches each PROD relay over the leg that its key has proven. What does not arrive is tried again.
 async fn pass_lease_on(relay: &Relay) {
-    let Some(lease_s) = relay.take_lease_to_pass_on() else { return };
+    let Some((until, lease_s)) = relay.lease_to_pass_on() else { return };
+    if lease_s == 0 {
+        return relay.passed_on(until);
+    }
     let mut passed = Vec::new();
     for dial in relay.dials() {
         if !passed.contains(&dial.relay_id.0) {
             passed.push(dial.relay_id.0);
             if let Err(failure) = call(relay, &dial, Kind::ProbePath, lease_s).await {
-                relay.note_probe(failure);
+                return relay.note_probe(failure);
             }
         }
     }
+    relay.passed_on(until);
 }

@@ -1,64 +1,104 @@
-//! One JSON document a line on stdout: for a person at a terminal, or the event log that `start` has opened.
+//! One JSON document a line on stdout: for a person or a program at the other end of a pipe, or the event log that `start` has
+//! opened. Whoever reads it, or does not, never holds up a stream.
 
 use std::io::Write;
 use std::sync::Mutex;
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use std::time::SystemTime;
+use std::sync::mpsc::{SyncSender, sync_channel};
+use std::thread::JoinHandle;
+use std::time::{Duration, Instant, SystemTime};
 
 use serde_json::{Value, json};
 
 use crate::config::PROTOCOL;
+use crate::connection::lock;
 
 /// The log of a relay never outgrows this; the end record has room kept for it.
-const LOG_BYTES: u64 = 1 << 20;
-const END_BYTES: u64 = 16 << 10;
+const LOG_BYTES: usize = 1 << 20;
+const END_BYTES: usize = 16 << 10;
+/// Lines that a foreground relay keeps for a slow reader.
+const QUEUED_LINES: usize = 4096;
+/// How long the end record waits for a reader.
+const LAST_WORD: Duration = Duration::from_secs(1);
 
-pub struct Events {
-    /// None: a foreground relay, whose reader takes what it wants.
-    limit_bytes: Option<u64>,
-    written_bytes: AtomicU64,
-    suppressed: AtomicU64,
-    ended: AtomicBool,
-    /// One line at a time, and nothing after the end record.
-    line: Mutex<()>,
+pub struct Events(Mutex<Inner>);
+
+struct Inner {
+    out: Out,
+    suppressed: u64,
+    ended: bool,
+}
+
+enum Out {
+    /// A file of our own: writing takes no longer than the page cache does.
+    Log { room_bytes: usize },
+    /// A pipe or a terminal, which can be full for as long as its reader likes: a thread waits for it.
+    Reader { lines: SyncSender<String>, writer: JoinHandle<()> },
 }
 
 impl Events {
-    pub fn new(bounded: bool) -> Events {
-        Events {
-            limit_bytes: bounded.then_some(LOG_BYTES - END_BYTES),
-            written_bytes: AtomicU64::new(0),
-            suppressed: AtomicU64::new(0),
-            ended: AtomicBool::new(false),
-            line: Mutex::new(()),
-        }
+    /// `log`: stdout is the event log, and bounded.
+    pub fn new(log: bool) -> Events {
+        let out = if log {
+            Out::Log { room_bytes: LOG_BYTES - END_BYTES }
+        } else {
+            let (lines, queue) = sync_channel::<String>(QUEUED_LINES);
+            let writer = std::thread::spawn(move || queue.iter().for_each(|line| write(&line)));
+            Out::Reader { lines, writer }
+        };
+        Events(Mutex::new(Inner { out, suppressed: 0, ended: false }))
     }
 
-    /// Writes one event, or counts it when the log is full. A reader that has gone away does not stop a relay.
+    /// Writes one event, or counts it when there is no room.
     pub fn emit(&self, event: &str, fields: Value) {
         let line = line(event, fields);
-        let _one_at_a_time = self.line.lock().unwrap_or_else(|poisoned| poisoned.into_inner());
-        if self.ended.load(Ordering::Relaxed) {
+        let mut inner = lock(&self.0);
+        if inner.ended {
             return;
         }
-        let length = line.len() as u64;
-        if self.limit_bytes.is_some_and(|limit| self.written_bytes.load(Ordering::Relaxed) + length > limit) {
-            self.suppressed.fetch_add(1, Ordering::Relaxed);
-            return;
-        }
-        self.written_bytes.fetch_add(length, Ordering::Relaxed);
-        write(&line);
+        let written = match &mut inner.out {
+            Out::Log { room_bytes } if line.len() <= *room_bytes => {
+                *room_bytes -= line.len();
+                write(&line);
+                true
+            }
+            Out::Log { .. } => false,
+            Out::Reader { lines, .. } => lines.try_send(line).is_ok(),
+        };
+        inner.suppressed += u64::from(!written);
     }
 
     /// Writes the end record and returns it; nothing follows it.
     pub fn end(&self, mut fields: Value) -> Value {
-        fields["suppressed_events"] = json!(self.suppressed.load(Ordering::Relaxed));
+        let mut inner = lock(&self.0);
+        fields["suppressed_events"] = json!(inner.suppressed);
         let record = document("end", fields);
-        let _one_at_a_time = self.line.lock().unwrap_or_else(|poisoned| poisoned.into_inner());
-        if !self.ended.swap(true, Ordering::Relaxed) {
-            write(&format!("{record}\n"));
+        if inner.ended {
+            return record;
+        }
+        inner.ended = true;
+        let line = format!("{record}\n");
+        match std::mem::replace(&mut inner.out, Out::Log { room_bytes: 0 }) {
+            Out::Log { .. } => write(&line),
+            Out::Reader { lines, writer } => last_word(line, lines, &writer),
         }
         record
+    }
+}
+
+/// Hands the last line over and waits for it to be read, for a bounded time.
+fn last_word(mut line: String, lines: SyncSender<String>, writer: &JoinHandle<()>) {
+    let deadline = Instant::now() + LAST_WORD;
+    let pause = || std::thread::sleep(Duration::from_millis(1));
+    while let Err(std::sync::mpsc::TrySendError::Full(back)) = lines.try_send(line) {
+        if Instant::now() >= deadline {
+            return;
+        }
+        line = back;
+        pause();
+    }
+    drop(lines);
+    while !writer.is_finished() && Instant::now() < deadline {
+        pause();
     }
 }
 

@@ -127,6 +127,9 @@ pub fn limiting(role: Role, gauges: &[(f64, Shares)]) -> Value {
             (format!("{to}_application"), receiver),
         ]
     };
+    if shares.iter().all(|(_, share)| *share <= 0.0) {
+        return Value::Null;
+    }
     let (leg, share) = shares
         .iter()
         .fold(("", 0.0), |most, (leg, share)| if *share > most.1 { (leg, *share) } else { most });

@@ -17,8 +17,9 @@ use crate::workers::Workers;
 
 const BACKLOG: i32 = 4096;
 /// Connections whose key is not proven yet: in total, and from one source.
-const HALF_OPEN: u32 = 512;
-const HALF_OPEN_PER_SOURCE: u32 = 128;
+const HALF_OPEN: Cap = Cap { total: 512, from_one_source: 128 };
+/// The same from addresses that a peer has named: all connections of a stream come from its few gateways.
+const HALF_OPEN_NAMED: Cap = Cap { total: 8192, from_one_source: 8192 };
 /// After a shortage of descriptors or memory, how long accepting pauses.
 const PAUSE: Duration = Duration::from_millis(100);
 
@@ -161,7 +162,7 @@ fn admit(
     let (relay, listener) = (relay.clone(), listener.clone());
     match relay.config.role {
         Role::Prod => {
-            let Some(ticket) = half_open.enter(source.ip()) else {
+            let Some(ticket) = half_open.enter(source.ip(), relay.names_source(source.ip())) else {
                 return relay.refuse(&listener, "half-open", source.ip());
             };
             workers.spawn(stream, move |stream| crate::prod::serve(relay, listener, stream, source, ticket));
@@ -194,35 +195,53 @@ impl Drop for Active {
     }
 }
 
-/// Who has not proven a key yet.
+struct Cap {
+    total: u32,
+    from_one_source: u32,
+}
+
+/// Who has not proven a key yet. Those from a named address are counted apart, so that strangers cannot take their places.
 #[derive(Default)]
-pub struct HalfOpen(Mutex<(u32, HashMap<IpAddr, u32>)>);
+pub struct HalfOpen(Mutex<[Waiting; 2]>);
+
+#[derive(Default)]
+struct Waiting {
+    total: u32,
+    by_source: HashMap<IpAddr, u32>,
+}
 
 /// One place among them, until it is dropped.
-pub struct Ticket(Arc<HalfOpen>, IpAddr);
+pub struct Ticket {
+    half_open: Arc<HalfOpen>,
+    source: IpAddr,
+    named: bool,
+}
 
 impl HalfOpen {
     /// None when too many are in front of the door, in total or from this source.
-    fn enter(self: &Arc<Self>, source: IpAddr) -> Option<Ticket> {
-        let mut waiting = lock(&self.0);
-        let from_source = waiting.1.get(&source).copied().unwrap_or(0);
-        if waiting.0 >= HALF_OPEN || from_source >= HALF_OPEN_PER_SOURCE {
+    fn enter(self: &Arc<Self>, source: IpAddr, named: bool) -> Option<Ticket> {
+        let cap = if named { HALF_OPEN_NAMED } else { HALF_OPEN };
+        let mut groups = lock(&self.0);
+        let waiting = &mut groups[usize::from(named)];
+        let from_source = waiting.by_source.get(&source).copied().unwrap_or(0);
+        if waiting.total >= cap.total || from_source >= cap.from_one_source {
             return None;
         }
-        waiting.0 += 1;
-        waiting.1.insert(source, from_source + 1);
-        Some(Ticket(self.clone(), source))
+        waiting.total += 1;
+        waiting.by_source.insert(source, from_source + 1);
+        Some(Ticket { half_open: self.clone(), source, named })
     }
 }
 
 impl Drop for Ticket {
     fn drop(&mut self) {
-        let mut waiting = lock(&self.0.0);
-        waiting.0 -= 1;
-        if let Some(count) = waiting.1.get_mut(&self.1) {
+        let mut groups = lock(&self.half_open.0);
+        let waiting = &mut groups[usize::from(self.named)];
+        waiting.total -= 1;
+        if let Some(count) = waiting.by_source.get_mut(&self.source) {
             *count -= 1;
             if *count == 0 {
-                waiting.1.remove(&self.1);
+                waiting.by_source.remove(&self.source);
             }
         }
     }

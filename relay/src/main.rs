@@ -25,7 +25,7 @@ mod tls;
 mod tls_copy;
 mod workers;
 
-use std::io::Read;
+use std::io::{Read, Write};
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::sync::Arc;
@@ -145,10 +145,11 @@ fn run(configuration: &[u8], directory: &Path, detached: bool) -> ExitCode {
     let events = Arc::new(Events::new(detached));
     // Detached, stdout is the log and stderr the launcher, who reads one line and leaves.
     let say = |event: &str, fields: Value| {
+        events.emit(event, fields.clone());
         if detached {
-            eprint!("{}", events::line(event, fields.clone()));
+            // A launcher that has died meanwhile reads nothing.
+            let _ = std::io::stderr().write_all(events::line(event, fields).as_bytes());
         }
-        events.emit(event, fields);
     };
     let failed = |exit: u8, code: &str, errno: Option<&str>, message: &str| {
         say("failed", json!({"code": code, "errno": errno, "message": message}));
@@ -182,8 +183,11 @@ fn run(configuration: &[u8], directory: &Path, detached: bool) -> ExitCode {
     };
     let relay_id = config.relay_id;
     let outcome = runtime.block_on(async {
-        let control = control::bind(&dir.socket(&relay_id))
-            .map_err(|error| (errno::of(&error), format!("control socket: {error}")))?;
+        let path = dir.socket(&relay_id);
+        let control =
+            control::bind(&path).map_err(|error| (errno::of(&error), format!("control socket: {error}")))?;
+        // Only the one that this process has bound: another relay of the same id keeps its own.
+        let _socket = RemovedAtEnd(path);
         let mut sockets = Vec::new();
         let mut listeners = Vec::new();
         for (listener, socket) in bound {
@@ -218,7 +222,6 @@ fn run(configuration: &[u8], directory: &Path, detached: bool) -> ExitCode {
             .map_err(|error| (String::new(), format!("TLS: {error}")))?;
         Ok(serve(Arc::new(relay), workers, sockets, control).await)
     });
-    let _ = std::fs::remove_file(dir.socket(&relay_id));
     match outcome {
         Ok(end) => ExitCode::from(match end {
             End { cut: true, .. } => EXIT_CUT,
@@ -226,6 +229,15 @@ fn run(configuration: &[u8], directory: &Path, detached: bool) -> ExitCode {
             _ => 0,
         }),
         Err((errno, message)) => failed(EXIT_FAILED, "io", Some(&errno), &message),
+    }
+}
+
+/// A file that goes with its process.
+struct RemovedAtEnd(PathBuf);
+
+impl Drop for RemovedAtEnd {
+    fn drop(&mut self) {
+        let _ = std::fs::remove_file(&self.0);
     }
 }
 
@@ -244,7 +256,10 @@ async fn serve(
             tokio::spawn(listen::serve(relay.clone(), workers.clone(), half_open.clone(), listener, socket))
         })
         .collect();
-    let probing = (relay.config.role == Role::Cons).then(|| tokio::spawn(cons::probe(relay.clone())));
+    let probing = match relay.config.role {
+        Role::Cons => tokio::spawn(cons::probe(relay.clone())),
+        Role::Prod => tokio::spawn(prod::prove_targets(relay.clone())),
+    };
     let signals = tokio::spawn(obey_signals(relay.clone()));
 
     let end = supervise::supervise(&relay).await;
@@ -252,9 +267,7 @@ async fn serve(
     for task in accepting {
         let _ = task.await;
     }
-    if let Some(probing) = probing {
-        probing.abort();
-    }
+    probing.abort();
     close_all(&relay).await;
     relay.say_refusals();
     relay.consider(std::time::Instant::now());

@@ -3,6 +3,8 @@
 
 use crate::config::{Mode, PROTOCOL, RelayId};
 
+/// The first bytes of every request.
+pub const MAGIC: &[u8] = b"S2DS";
 pub const REQUEST_BYTES: usize = 64;
 pub const ANSWER_BYTES: usize = 32;
 
@@ -63,7 +65,7 @@ fn mode_byte(mode: Mode) -> u8 {
 impl Request {
     pub fn encode(&self) -> [u8; REQUEST_BYTES] {
         let mut message = [0; REQUEST_BYTES];
-        message[..4].copy_from_slice(b"S2DS");
+        message[..4].copy_from_slice(MAGIC);
         message[4] = PROTOCOL as u8;
         message[5] = match self.kind {
             Kind::Data => 1,

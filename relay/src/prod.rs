@@ -4,19 +4,26 @@ use std::io;
 use std::net::SocketAddr;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
-use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use rustix::net::RecvFlags;
+use tokio::io::Interest;
 use tokio::net::TcpStream;
 
 use crate::carry::carry;
-use crate::config::Mode;
+use crate::config::{Mode, Probe};
 use crate::errno;
 use crate::listen::{Active, Ticket};
-use crate::preamble::{Answer, Kind, REQUEST_BYTES, Request, Verdict};
+use crate::preamble::{Answer, Kind, MAGIC, REQUEST_BYTES, Request, Verdict};
 use crate::relay::{Closing, Listener, ProbeResult, Relay};
-use crate::socket::{close_in_order, connect, read_exact, shutdown_write, write_all};
+use crate::socket::{close_in_order, connect, has_failed, read_exact, shutdown_write, write_all};
 use crate::tls::{HandshakeError, Session};
+
+/// An application that has sent something and closed within this time after it was connected had a session, a short one.
+const WHOLE_SESSION: Duration = Duration::from_secs(5);
+/// Between two attempts at a target that has changed.
+const FIRST_PAUSE: Duration = Duration::from_millis(250);
+const LONGEST_PAUSE: Duration = Duration::from_secs(2);
 
 /// Serves one WAN connection to its end. Until the peer is proven it holds a place among the half-open and nothing else.
 pub async fn serve(
@@ -34,10 +41,17 @@ pub async fn serve(
         Ok(Err(cause)) => return relay.refuse(&listener, cause, source.ip()),
         Err(_) => return relay.refuse(&listener, "handshake-timeout", source.ip()),
     };
+    let wan = Wan { relay: &relay, stream, session };
+    let request = match request {
+        Ok(request) => request,
+        Err((verdict, cause)) => {
+            relay.refuse(&listener, cause, source.ip());
+            return wan.refuse(verdict).await;
+        }
+    };
     if relay.config.mode.proves_keys() && request.lease_s > 0 {
         relay.renew_from_peer(request.lease_s);
     }
-    let wan = Wan { relay: &relay, stream, session };
     if request.mode != relay.config.mode {
         return wan.refuse(Verdict::Protocol).await;
     }
@@ -57,13 +71,17 @@ pub async fn serve(
     }
 }
 
-/// The handshake, if the mode has one, and the request. The error is the cause that is counted.
+/// What a peer that has shown itself asks for, or what it is answered instead and the cause that is counted.
+type Asked = Result<Request, (Verdict, &'static str)>;
+
+/// The handshake, if the mode has one, and the request. The error is the cause that is counted; nothing is answered to it.
 async fn greet(
     relay: &Relay,
     stream: &TcpStream,
     source: SocketAddr,
-) -> Result<(Option<Session>, Request), &'static str> {
+) -> Result<(Option<Session>, Asked), &'static str> {
     let mut message = [0; REQUEST_BYTES];
+    let mut admitted = true;
     let session = if relay.config.mode == Mode::None {
         read_exact(stream, &mut message).await.map_err(|_| "preamble")?;
         None
@@ -76,14 +94,19 @@ async fn greet(
         let mut session = Session::server(config).map_err(|error| cause(HandshakeError::Tls(error)))?;
         session.handshake(stream).await.map_err(cause)?;
         // The handshake admits any current peer's key; this one must also come from where its owner said.
-        if !session.peer_key().is_some_and(|key| relay.admits_peer(key, source.ip())) {
-            return Err("peer-source");
-        }
+        admitted = session.peer_key().is_some_and(|key| relay.admits_peer(key, source.ip()));
         session.read_exact(stream, &mut message).await.map_err(cause)?;
         Some(session)
     };
-    let request = Request::decode(&message).map_err(|_| "preamble")?;
-    Ok((session, request))
+    if !message.starts_with(MAGIC) {
+        return Err("preamble");
+    }
+    let asked = match Request::decode(&message) {
+        _ if !admitted => Err((Verdict::Denied, "peer-source")),
+        Ok(request) => Ok(request),
+        Err(verdict) => Err((verdict, "preamble")),
+    };
+    Ok((session, asked))
 }
 
 /// Connects to the application and keeps that connection for the first user, so that a server which takes one session only
@@ -131,38 +154,77 @@ async fn onward(relay: &Relay, target: SocketAddr) -> io::Result<TcpStream> {
     connect(target, relay.config.onward_source, relay.connect_timeout(), relay.user_timeout()).await
 }
 
-/// The connection that a probe left, or a new one. An application may have given up on a kept one (ZeroMQ closes after 30 s
-/// without a greeting), so one whose peer has closed is used only if no new one can be had: then it is the session of a
-/// server that speaks first, closes, and is gone.
+/// The connection that a probe left, or a new one.
+///
+/// An application may have ended the kept one. If it did so soon after it had been made, and has sent something, that was its
+/// whole session: nothing of it may be lost. If it did so later, it has waited in vain (ZeroMQ closes after 30 s without a
+/// greeting) and is asked anew; should it be gone, what it left is all there is.
 async fn first_or_fresh(relay: &Relay, target: SocketAddr) -> io::Result<TcpStream> {
     let Some(kept) = relay.take_kept(target) else { return onward(relay, target).await };
     // It was registered with the runtime of the worker that probed.
-    let kept = TcpStream::from_std(kept.into_std()?)?;
-    match health(&kept) {
-        Health::Open => Ok(kept),
-        Health::PeerClosed => match onward(relay, target).await {
-            Ok(fresh) => {
-                close_in_order(&kept);
-                Ok(fresh)
-            }
-            Err(_) => Ok(kept),
-        },
-        Health::Broken => onward(relay, target).await,
+    let stream = TcpStream::from_std(kept.stream.into_std()?)?;
+    let Some(closed_after) = kept.closed_after else { return Ok(stream) };
+    if has_failed(&stream) {
+        return onward(relay, target).await;
+    }
+    let has_sent = stream.try_io(Interest::READABLE, || peek(&stream)).unwrap_or(0) > 0;
+    if has_sent && closed_after < WHOLE_SESSION {
+        return Ok(stream);
+    }
+    match onward(relay, target).await {
+        Ok(fresh) => {
+            close_in_order(&stream);
+            Ok(fresh)
+        }
+        Err(error) if !has_sent => Err(error),
+        Err(_) => Ok(stream),
     }
 }
 
-enum Health {
-    Open,
-    PeerClosed,
-    Broken,
+fn peek(stream: &TcpStream) -> io::Result<usize> {
+    let mut first = [0_u8; 1];
+    Ok(rustix::net::recv(stream, &mut first, RecvFlags::PEEK | RecvFlags::DONTWAIT)?.0)
 }
 
-fn health(stream: &TcpStream) -> Health {
-    let mut watched = [PollFd::new(stream, PollFlags::RDHUP)];
-    match poll(&mut watched, Some(&Timespec::default())) {
-        Ok(_) if watched[0].revents().intersects(PollFlags::ERR | PollFlags::HUP) => Health::Broken,
-        Ok(_) if watched[0].revents().contains(PollFlags::RDHUP) => Health::PeerClosed,
-        _ => Health::Open,
+/// Proves targets that have changed after READY: the way to here is proven, so this relay connects onwards by itself.
+pub async fn prove_targets(relay: Arc<Relay>) {
+    loop {
+        relay.probe_wake.notified().await;
+        let mut pause = FIRST_PAUSE;
+        loop {
+            let targets = relay.targets_to_prove();
+            if targets.is_empty() {
+                break;
+            }
+            let mut proven = true;
+            for target in targets {
+                let _one_at_a_time = relay.probing.lock().await;
+                if relay.is_proven(target) {
+                    continue;
+                }
+                match onward(&relay, target).await {
+                    Ok(stream) => relay.keep(target, stream),
+                    Err(error) => {
+                        proven = false;
+                        let errno = Some(errno::of(&error));
+                        let address = Some(target);
+                        relay.note_probe(ProbeResult {
+                            result: "unreachable",
+                            errno,
+                            address,
+                            at: Instant::now(),
+                        });
+                    }
+                }
+            }
+            if proven {
+                relay.proven(Probe::Target);
+                break;
+            }
+            // A newer update is worth another look at once.
+            let _ = tokio::time::timeout(pause, relay.probe_wake.notified()).await;
+            pause = (pause * 2).min(LONGEST_PAUSE);
+        }
     }
 }
 

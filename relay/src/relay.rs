@@ -124,12 +124,13 @@ struct Live {
     rate_mbits_per_s: u64,
     lease: Duration,
     lease_end: Instant,
-    lease_to_pass_on: Option<u32>,
+    /// Until when the far relay is to live, while it has not been told.
+    lease_to_pass_on: Option<Instant>,
     hello_end: Option<Instant>,
     proof: Option<Probe>,
     probed_listeners: BTreeMap<u16, Probe>,
     last_probe: Option<ProbeResult>,
-    kept: HashMap<SocketAddr, TcpStream>,
+    kept: HashMap<SocketAddr, Kept>,
     proven_targets: Vec<SocketAddr>,
     drain_end: Option<Instant>,
     drain_reason: Reason,
@@ -142,6 +143,14 @@ struct Live {
     carried: Carried,
     last_close: Option<Instant>,
     said: Option<State>,
+}
+
+/// The connection that a probe has made to a target, until its first user comes.
+pub struct Kept {
+    pub stream: TcpStream,
+    since: Instant,
+    /// How long after it was made the application's end was seen.
+    pub closed_after: Option<Duration>,
 }
 
 /// Bytes of connections that have closed.
@@ -238,10 +247,14 @@ impl Relay {
     /// The LAN sources of a CONS relay. On a PROD relay the configured sources, and those of each peer.
     pub fn admits_source(&self, address: IpAddr) -> bool {
         let live = self.live();
-        live.sources.iter().any(|network| network.contains(address))
-            || live.peers.iter().any(|peer| peer.source_addresses.iter().any(|network| network.contains(address)))
+        live.names_source(address)
             // A key that may come from anywhere: the handshake decides.
             || (self.config.mode.proves_keys() && live.peers.iter().any(|peer| peer.source_addresses.is_empty()))
+    }
+
+    /// Somebody has named this address, and not only a key that may come from anywhere.
+    pub fn names_source(&self, address: IpAddr) -> bool {
+        self.live().names_source(address)
     }
 
     /// The proven key belongs to a peer that may come from this address.
@@ -303,24 +316,44 @@ impl Relay {
         let mut live = self.live();
         if live.targets.contains(&target) && !live.proven_targets.contains(&target) {
             live.proven_targets.push(target);
-            live.kept.insert(target, stream);
+            live.kept.insert(target, Kept { stream, since: Instant::now(), closed_after: None });
         } else {
             crate::socket::close_in_order(&stream);
         }
     }
 
-    pub fn take_kept(&self, target: SocketAddr) -> Option<TcpStream> {
+    pub fn take_kept(&self, target: SocketAddr) -> Option<Kept> {
+        self.look_at_kept();
         self.live().kept.remove(&target)
+    }
+
+    /// Notes which applications have ended a kept connection; called at each tick.
+    pub fn look_at_kept(&self) {
+        for kept in self.live().kept.values_mut() {
+            if kept.closed_after.is_none() && crate::socket::peer_has_closed(&kept.stream) {
+                kept.closed_after = Some(kept.since.elapsed());
+            }
+        }
     }
 
     /// An application that never was used gets an ordinary close.
     pub fn drop_kept(&self) {
-        for (_, stream) in self.live().kept.drain() {
-            crate::socket::close_in_order(&stream);
+        for (_, kept) in self.live().kept.drain() {
+            crate::socket::close_in_order(&kept.stream);
         }
     }
 
     // ---- probes ----
+
+    /// The targets of a PROD relay that are to be proven from here: its path has been, and the targets have changed since.
+    pub fn targets_to_prove(&self) -> Vec<SocketAddr> {
+        let live = self.live();
+        let path_proven = live.probed_listeners.len() == self.listeners.len();
+        if self.config.role == Role::Cons || !path_proven || live.proof.is_some() {
+            return Vec::new();
+        }
+        live.targets.clone()
+    }
 
     /// A PROD relay has answered a probe of one of its listeners with ok.
     pub fn probed(&self, index: u16, kind: Kind) {
@@ -412,19 +445,23 @@ impl Relay {
     pub fn refuse(&self, listener: &Listener, cause: &'static str, source: IpAddr) {
         let mut live = self.live();
         // Before its peers are known a PROD relay turns its own CONS relay away: that is waiting, no refusal.
-        if cause != NO_PEERS {
-            listener.refused.fetch_add(1, Ordering::Relaxed);
-            live.refused += 1;
+        if cause == NO_PEERS {
+            return;
         }
+        listener.refused.fetch_add(1, Ordering::Relaxed);
+        live.refused += 1;
         let entry = live.refusals.entry(cause).or_insert((0, source));
         *entry = (entry.0 + 1, source);
     }
 
-    pub fn say_refusals(&self) {
+    /// Says what was turned away since the last time; false if nothing was.
+    pub fn say_refusals(&self) -> bool {
         let refusals = std::mem::take(&mut self.live().refusals);
+        let any = !refusals.is_empty();
         for (cause, (count, source)) in refusals {
             self.events.emit("refused", json!({"cause": cause, "count": count, "last_source": source}));
         }
+        any
     }
 
     /// The process or the system is out of descriptors or memory: said with the refusals, once a second at most.
@@ -461,7 +498,7 @@ impl Relay {
         live.lease = Duration::from_secs_f64(lease_s);
         live.lease_end = (Instant::now() + live.lease).min(self.lifetime_end());
         if pass_on && self.config.role == Role::Cons && self.config.mode.proves_keys() {
-            live.lease_to_pass_on = Some(lease_s.ceil() as u32);
+            live.lease_to_pass_on = Some(live.lease_end);
             drop(live);
             self.probe_wake.notify_one();
         }
@@ -470,7 +507,7 @@ impl Relay {
     /// Bytes have moved: the lease starts anew.
     pub fn touch(&self) {
         let mut live = self.live();
-        live.lease_end = (Instant::now() + live.lease).min(self.lifetime_end());
+        live.lease_end = (Instant::now() + live.lease).min(self.lifetime_end()).max(live.lease_end);
     }
 
     /// A renewal by the far relay: it may lengthen what is left, and never shortens it.
@@ -480,8 +517,18 @@ impl Relay {
         live.lease_end = asked.min(self.lifetime_end()).max(live.lease_end);
     }
 
-    pub fn take_lease_to_pass_on(&self) -> Option<u32> {
-        self.live().lease_to_pass_on.take()
+    /// The lease, in seconds remaining, that the far relay has not been told of yet.
+    pub fn lease_to_pass_on(&self) -> Option<(Instant, u32)> {
+        let until = self.live().lease_to_pass_on?;
+        Some((until, until.saturating_duration_since(Instant::now()).as_secs_f64().ceil() as u32))
+    }
+
+    /// The far relay has been told; a newer renewal stays to be told.
+    pub fn passed_on(&self, until: Instant) {
+        let mut live = self.live();
+        if live.lease_to_pass_on == Some(until) {
+            live.lease_to_pass_on = None;
+        }
     }
 
     pub fn lease_remaining_s(&self) -> f64 {
@@ -492,7 +539,7 @@ impl Relay {
         self.started + Duration::from_secs_f64(self.config.lifetime_s)
     }
 
-    /// Applies checked changes. New peers or targets start the proof over: what was proven was something else.
+    /// Applies checked changes. New targets at PROD and new peers at CONS have to be proven anew.
     pub fn update(&self, changes: Changes) {
         let mut live = self.live();
         let targets_changed = changes.targets.as_ref().is_some_and(|targets| *targets != live.targets);
@@ -502,13 +549,21 @@ impl Relay {
         if targets_changed {
             let targets = live.targets.clone();
             live.proven_targets.retain(|target| targets.contains(target));
-            live.kept.retain(|target, _| targets.contains(target));
-            live.probed_listeners.clear();
-            live.proof = None;
+            live.kept.retain(|target, kept| {
+                let stays = targets.contains(target);
+                if !stays {
+                    crate::socket::close_in_order(&kept.stream);
+                }
+                stays
+            });
+            if live.proof == Some(Probe::Target) {
+                live.proof = None;
+                live.hello_end = Some(Instant::now() + Duration::from_secs_f64(self.config.hello_timeout_s));
+            }
         }
         if let Some(peers) = changes.peers {
-            if self.config.role == Role::Cons {
-                live.proof = None;
+            if self.config.role == Role::Cons && live.proof.take().is_some() {
+                live.hello_end = Some(Instant::now() + Duration::from_secs_f64(self.config.hello_timeout_s));
             }
             *self.admitted.write().unwrap_or_else(|poisoned| poisoned.into_inner()) =
                 peers.iter().map(|peer| peer.public_key).collect();
@@ -587,6 +642,8 @@ impl Relay {
         let active = || live.connections.values().any(|connection| connection.is_connected());
         let verdict = if now >= self.lifetime_end() {
             Some((Reason::LifetimeReached, None, active()))
+        } else if now >= live.lease_end {
+            Some((Reason::LeaseExpired, None, active()))
         } else if let Some(end) = live.drain_end {
             if live.connections.is_empty() {
                 Some((live.drain_reason, None, false))
@@ -595,8 +652,6 @@ impl Relay {
             } else {
                 None
             }
-        } else if now >= live.lease_end {
-            Some((Reason::LeaseExpired, None, active()))
         } else if live.hello_end.is_some_and(|end| now >= end) {
             let (reason, message) = live.why_not_ready(self.config.role);
             Some((reason, Some(message), false))
@@ -769,6 +824,11 @@ impl Relay {
 }
 
 impl Live {
+    fn names_source(&self, address: IpAddr) -> bool {
+        let named = |networks: &[Network]| networks.iter().any(|network| network.contains(address));
+        named(&self.sources) || self.peers.iter().any(|peer| named(&peer.source_addresses))
+    }
+
     /// Why no probe has passed in time, from the last one.
     fn why_not_ready(&self, role: Role) -> (Reason, String) {
         let last = self.last_probe.as_ref();

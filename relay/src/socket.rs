@@ -5,6 +5,7 @@ use std::net::{IpAddr, SocketAddr};
 use std::os::fd::AsFd;
 use std::time::Duration;
 
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::net::sockopt;
 use tokio::net::{TcpSocket, TcpStream};
 
@@ -34,6 +35,18 @@ pub fn prepare(socket: impl AsFd, user_timeout: Duration) -> io::Result<()> {
 pub fn close_in_order(socket: impl AsFd) {
     // ENOTCONN and the like mean that the peer is gone already; there is nothing left to keep.
     let _ = sockopt::set_socket_linger(socket, None);
+}
+
+/// The peer has ended its direction, or reset: seen without reading what is before that.
+pub fn peer_has_closed(socket: impl AsFd) -> bool {
+    let mut watched = [PollFd::new(&socket, PollFlags::RDHUP)];
+    poll(&mut watched, Some(&Timespec::default())).is_ok_and(|ready| ready > 0)
+}
+
+/// The socket has failed: nothing more can be read or written in order.
+pub fn has_failed(socket: impl AsFd) -> bool {
+    let mut watched = [PollFd::new(&socket, PollFlags::empty())];
+    poll(&mut watched, Some(&Timespec::default())).is_ok_and(|ready| ready > 0)
 }
 
 /// Forwards an end of file. ENOTCONN is no error: the peer has closed both ways already.

@@ -8,6 +8,7 @@ use rustix::io::Errno;
 use rustix::pipe::{SpliceFlags, splice};
 use tokio::io::Interest;
 use tokio::net::TcpStream;
+use tokio::sync::Notify;
 
 use crate::connection::{Connection, Flow, Leg, LegError, Path};
 use crate::pipe::{PIPE_BYTES, Pipe, give_buffer, give_pipe, take_buffer, take_pipe};
@@ -24,10 +25,18 @@ const ROUNDS_A_TURN: u64 = 8;
 /// Relays both ways until both applications have ended their direction, or the first error ends both at once. Closing is
 /// orderly only in the first case; in the other, dropping the sockets resets them.
 pub async fn relay(lan: &TcpStream, wan: &TcpStream, connection: &Connection) -> Result<(), LegError> {
-    tokio::try_join!(
-        one_way((lan, Leg::Lan), (wan, Leg::Wan), connection.lan_to_wan(), connection),
-        one_way((wan, Leg::Wan), (lan, Leg::Lan), connection.wan_to_lan(), connection),
-    )?;
+    let (lan_ended, wan_ended) = (Notify::new(), Notify::new());
+    let outward = async {
+        one_way((lan, Leg::Lan), (wan, Leg::Wan), connection.lan_to_wan(), connection).await?;
+        lan_ended.notify_one();
+        watch((lan, Leg::Lan), &wan_ended).await
+    };
+    let inward = async {
+        one_way((wan, Leg::Wan), (lan, Leg::Lan), connection.wan_to_lan(), connection).await?;
+        wan_ended.notify_one();
+        watch((wan, Leg::Wan), &lan_ended).await
+    };
+    tokio::try_join!(outward, inward)?;
     close_in_order(lan);
     close_in_order(wan);
     Ok(())
@@ -75,6 +84,16 @@ async fn one_way(
         if rounds % ROUNDS_A_TURN == 0 {
             tokio::task::yield_now().await;
         }
+    }
+}
+
+/// A source that has ended its direction is read no more; until the other direction has ended too, a reset of it must still be
+/// seen, or the other application would wait for one that is gone.
+async fn watch((source, leg): (&TcpStream, Leg), other_ended: &Notify) -> Result<(), LegError> {
+    tokio::select! {
+        biased;
+        () = other_ended.notified() => Ok(()),
+        _ = source.ready(Interest::ERROR) => Err(LegError::new(leg, &Errno::CONNRESET.into())),
     }
 }
 

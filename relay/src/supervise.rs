@@ -11,6 +11,9 @@ const TICK: Duration = Duration::from_millis(250);
 /// How often a rate is divided anew.
 const PACING_TICK: Duration = Duration::from_millis(100);
 const REFUSALS: Duration = Duration::from_secs(1);
+/// A scan that goes on for hours must not fill the log: after so many summaries they come once a minute.
+const MANY_SUMMARIES: u32 = 60;
+const REFUSALS_LATER: Duration = Duration::from_secs(60);
 
 /// A connection that has been silent for longer is not sampled again before it moves.
 const SETTLED_S: f64 = 2.0;
@@ -20,6 +23,7 @@ pub async fn supervise(relay: &Arc<Relay>) -> End {
     let mut bytes_seen = 0;
     let mut sampled: Option<Instant> = None;
     let mut refusals_said = Instant::now();
+    let mut summaries = 0;
     let mut paced = false;
     loop {
         let now = Instant::now();
@@ -27,6 +31,7 @@ pub async fn supervise(relay: &Arc<Relay>) -> End {
         let tick = if rate > 0 { PACING_TICK } else { TICK };
         if sampled.is_none_or(|at| now - at >= tick) {
             sampled = Some(now);
+            relay.look_at_kept();
             let bytes = relay.bytes();
             if bytes != bytes_seen {
                 relay.touch();
@@ -41,8 +46,8 @@ pub async fn supervise(relay: &Arc<Relay>) -> End {
                 paced = rate > 0;
             }
         }
-        if now - refusals_said >= REFUSALS {
-            relay.say_refusals();
+        if now - refusals_said >= if summaries < MANY_SUMMARIES { REFUSALS } else { REFUSALS_LATER } {
+            summaries += u32::from(relay.say_refusals());
             refusals_said = now;
         }
         relay.consider(now);
@@ -85,7 +90,8 @@ fn pace(connections: &[Arc<Connection>], rate_mbits_per_s: u64) {
         gauge.to_consumer_bits_per_s + gauge.to_producer_bits_per_s > 0.0
     };
     let shares = connections.iter().filter(moving).count().max(1) as u64;
-    let bytes_per_s = if rate_mbits_per_s == 0 { u64::MAX } else { rate_mbits_per_s * 125_000 / shares };
+    let bytes_per_s =
+        if rate_mbits_per_s == 0 { u64::MAX } else { rate_mbits_per_s.saturating_mul(125_000) / shares };
     for legs in connections.iter().filter_map(|connection| connection.legs()) {
         // A socket that has just been closed has no rate.
         let _ = s2ds_sys::set_max_pacing_rate(&*legs.wan, bytes_per_s);

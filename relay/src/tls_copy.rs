@@ -203,6 +203,10 @@ impl Pump {
         if !only_an_error {
             return Ok(());
         }
+        if !to_lan && !to_wan {
+            // It has ended its direction before, so nothing is read from it; and nothing is under way to the other one.
+            return Err(LegError::new(leg, &rustix::io::Errno::CONNRESET.into()));
+        }
         // This leg was reset while the other one is full: what is under way gets its bounded time.
         let (other, other_wants) = if leg == Leg::Lan { (wan, wan_wants) } else { (lan, lan_wants) };
         let rest = other_wants.remove(Interest::ERROR).unwrap_or(Interest::WRITABLE);
