@@ -213,10 +213,10 @@ def main() -> int:
             seconds=options.seconds, at_least_bytes=options.bytes, output=options.output, console=console
         )
     except (ScistreamError, ApplicationError) as wrong:
-        console.print(f"demo: {wrong}", style="bold red")
+        console.print(f"\ndemo: {wrong}", style="bold red")
         return 1
     except KeyboardInterrupt:
-        console.print("demo: interrupted; the applications are stopped and the stream is released")
+        console.print("\ndemo: interrupted; the applications are stopped and the stream is released")
         return 130
 
 
