@@ -7,7 +7,6 @@ use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
 use rustix::net::RecvFlags;
-use tokio::io::Interest;
 use tokio::net::TcpStream;
 
 use crate::carry::carry;
@@ -167,7 +166,7 @@ async fn first_or_fresh(relay: &Relay, target: SocketAddr) -> io::Result<TcpStre
     if has_failed(&stream) {
         return onward(relay, target).await;
     }
-    let has_sent = stream.try_io(Interest::READABLE, || peek(&stream)).unwrap_or(0) > 0;
+    let has_sent = peek(&stream).unwrap_or(0) > 0;
     if has_sent && closed_after < WHOLE_SESSION {
         return Ok(stream);
     }

@@ -20,7 +20,7 @@ Address = tuple[Any, ...]
 
 @lru_cache(maxsize=8)
 def noise(seed: int) -> bytes:
-    return random.Random(seed).randbytes(BLOCK_BYTES)
+    return random.Random(seed).randbytes(BLOCK_BYTES)  # noqa: S311 - a payload, no secret
 
 
 @dataclass(frozen=True)
@@ -149,7 +149,9 @@ class Applications:
     def dial(self, address: Address) -> socket.socket:
         return self.keep(socket.create_connection(address[:2], timeout=DEADLINE_S))
 
-    def through(self, server: socket.socket, relay: Relay, index: int = 0) -> tuple[socket.socket, socket.socket]:
+    def through(
+        self, server: socket.socket, relay: Relay, index: int = 0
+    ) -> tuple[socket.socket, socket.socket]:
         """A connection through the relays: the consumer's end and the producer's end."""
         consumer = self.connect(relay, index)
         return consumer, self.accept(server)

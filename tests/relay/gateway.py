@@ -1,4 +1,4 @@
-"""A private gateway: a runtime directory of its own, relays of the real binary in it, and proof that nothing is left."""
+"""A private gateway: a runtime directory of its own with real relays, and proof that nothing is left of them."""
 
 import json
 import os
@@ -159,7 +159,10 @@ class Relay:
         return self.gateway.verb("forget", self.id)
 
     def kill(self, number: int = signal.SIGKILL) -> None:
+        """Sends a signal; returns after SIGKILL only when the process is gone."""
         os.kill(self.pid, number)
+        if number == signal.SIGKILL:
+            self.wait_gone()
 
     def wait_gone(self) -> None:
         """Returns when the process is not there any more."""
@@ -171,6 +174,11 @@ class Relay:
         """The end record of a relay that ends by itself."""
         eventually(lambda: not is_running(self.pid), within_s)
         return self.status()
+
+    def wait_close(self) -> Document:
+        """The one `close` event of a relay that has carried one connection."""
+        (close,) = eventually(lambda: self.events("close"))
+        return close
 
     def events(self, *names: str) -> list[Document]:
         """The event log, whole or only the events of these names."""
@@ -226,8 +234,7 @@ class Pair:
 
     def wait_closed(self, count: int) -> None:
         """Returns when `count` data connections have been there and none is open, on both sides."""
-        for relay in self:
-            eventually(lambda relay=relay: self._has_closed(relay, count))  # type: ignore[misc]
+        eventually(lambda: all(self._has_closed(relay, count) for relay in self))
 
     @staticmethod
     def _has_closed(relay: Relay, count: int) -> bool:

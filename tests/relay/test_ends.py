@@ -1,9 +1,13 @@
 """How a connection ends: in order, half, or not at all. An abort stays an abort."""
 
+import array
 import errno
+import fcntl
 import os
 import signal
 import socket
+import termios
+from functools import partial
 
 import pytest
 
@@ -78,7 +82,7 @@ def test_a_reset_reaches_the_other_application_while_nothing_moves(
     reset(one)
     assert receive_until_broken(other) == (b"", BROKEN)
     for relay in pair:
-        (close,) = eventually(lambda relay=relay: relay.events("close"))
+        close = relay.wait_close()
         assert close["reason"] == f"aborted-by-{who}"
         assert close["errno"] == "ECONNRESET"
         assert close["bytes"] == {"to_producer": 5, "to_consumer": 7}
@@ -121,10 +125,6 @@ def test_data_sent_together_with_a_reset_is_delivered_first(
 
 def unsent(connection: socket.socket) -> int:
     """Bytes that the peer's kernel has not acknowledged yet."""
-    import array
-    import fcntl
-    import termios
-
     answer = array.array("i", [0])
     fcntl.ioctl(connection, termios.TIOCOUTQ, answer)
     return answer[0]
@@ -147,8 +147,7 @@ def test_a_reset_after_a_half_close_reaches_the_other_application(
     pending = eventually(lambda: other.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR))
     assert pending in {errno.EPIPE, errno.ECONNRESET}
     for relay in pair:
-        eventually(lambda relay=relay: relay.status()["connections"]["active"] == 0)
-        (close,) = relay.events("close")
+        close = relay.wait_close()
         assert close["reason"] == f"aborted-by-{who}"
 
 
@@ -160,7 +159,10 @@ def test_a_killed_relay_is_a_reset_for_both_applications(
     pair = gateway.pair(mode, [server.getsockname()])
     consumer, producer = apps.through(server, pair.cons)
     endless = Payload(6, 1 << 40)
-    both = [(apps.task(lambda a=a: sends(a, endless)), apps.task(lambda a=a: drains(a))) for a in (consumer, producer)]
+    both = [
+        (apps.task(partial(sends, application, endless)), apps.task(partial(drains, application)))
+        for application in (consumer, producer)
+    ]
     eventually(lambda: all(count > 1_000_000 for count in pair.cons.status()["bytes"].values()))
     (pair.prod if victim == "PROD" else pair.cons).kill()
     for sending, reading in both:
@@ -215,7 +217,7 @@ def test_a_fin_on_the_wan_without_close_notify_is_an_abort(
     assert receive_until_broken(consumer) == (b"", BROKEN)
     assert receive_until_broken(producer) == (b"", BROKEN)
     for relay in pair:
-        (close,) = eventually(lambda relay=relay: relay.events("close"))
+        close = relay.wait_close()
         assert close["reason"] != "closed"
 
 
@@ -237,7 +239,7 @@ def test_the_first_error_is_the_one_reported_and_ends_both_directions(
     """The consumer's reset breaks the reading and the writing direction; one close, one reason, exact counts."""
     server = apps.listen()
     pair = gateway.pair(mode, [server.getsockname()])
-    consumer, producer = apps.through(server, pair.cons)
+    consumer, producer = apps.established(server, pair.cons)
     first = Payload(7, 1_000_000)
     sender = apps.task(lambda: send(producer, first))
     assert digest(receive_exactly(consumer, first.size)) == first.digest()
@@ -247,9 +249,9 @@ def test_the_first_error_is_the_one_reported_and_ends_both_directions(
     reset(consumer)
     assert receive_until_broken(producer)[1] == BROKEN
     for relay in pair:
-        (close,) = eventually(lambda relay=relay: relay.events("close"))
+        close = relay.wait_close()
         assert (close["reason"], close["errno"]) == ("aborted-by-consumer", "ECONNRESET")
-        assert close["bytes"] == {"to_consumer": first.size, "to_producer": 1000}
+        assert close["bytes"] == {"to_consumer": first.size + 1, "to_producer": 1001}
 
 
 def test_a_killed_application_looks_like_on_a_direct_connection(
@@ -258,7 +260,7 @@ def test_a_killed_application_looks_like_on_a_direct_connection(
     """Its kernel sends FIN, and RST to what still comes: the relay passes on both."""
     server = apps.listen()
     pair = gateway.pair(mode, [server.getsockname()])
-    consumer, producer = apps.through(server, pair.cons)
+    consumer, producer = apps.established(server, pair.cons)
     child = os.fork()
     if child == 0:
         signal.pause()

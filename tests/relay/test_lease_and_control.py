@@ -63,14 +63,19 @@ def test_many_short_connections_renew_the_lease_as_one_long_one_does(
         relay.renew(1.2)
     end = time.monotonic() + 3
     while time.monotonic() < end:
-        consumer, producer = apps.established(server, pair.cons)
+        consumer, producer = apps.through(server, pair.cons)
+        time.sleep(0.03)  # the relays have looked at it before a byte has moved
+        consumer.sendall(b"?")
+        assert receive_exactly(producer, 1) == b"?"
         consumer.close()
         producer.close()
         time.sleep(0.02)
     assert [relay.status()["state"] for relay in pair] == ["STREAMING", "STREAMING"]
 
 
-def test_a_renewal_at_cons_is_passed_on_to_prod(gateway: Gateway, apps: Applications, proven_mode: str) -> None:
+def test_a_renewal_at_cons_is_passed_on_to_prod(
+    gateway: Gateway, apps: Applications, proven_mode: str
+) -> None:
     server = apps.listen()
     pair = gateway.pair(proven_mode, [server.getsockname()], prod={"lease_s": 50, "lifetime_s": 1000})
     pair.cons.renew(500)
@@ -164,8 +169,9 @@ def test_events_that_nobody_reads_do_not_stop_the_stream(gateway: Gateway, apps:
         producer.close()
     assert cons.process
     assert cons.process.stdout
-    # Let it go on to its end.
-    apps.task(cons.process.stdout.read)
+    reading = apps.task(cons.process.stdout.read)
+    cons.stop()
+    assert '"event":"end"' in reading.result()
 
 
 def test_the_relay_outlives_the_process_group_that_started_it(gateway: Gateway) -> None:

@@ -2,10 +2,9 @@
 
 import select
 import socket
-import time
 
-from .apps import Applications, Payload, digest, receive, receive_exactly, receive_until_broken, send_and_end
-from .gateway import DEADLINE_S, Gateway, eventually, join
+from .apps import Applications, Payload, receive, receive_exactly, receive_until_broken, send_and_end
+from .gateway import Gateway, eventually, join
 
 
 def waiting(server: socket.socket) -> bool:
@@ -153,11 +152,13 @@ def test_a_refusing_target_is_named_with_its_errno(gateway: Gateway, apps: Appli
     consumer = apps.connect(pair.cons)
     assert receive_until_broken(consumer) == (b"", "ConnectionResetError")
     for relay in pair:
-        (close,) = eventually(lambda relay=relay: relay.events("close"))
+        close = relay.wait_close()
         assert (close["reason"], close["errno"]) == ("unreachable", "ECONNREFUSED")
 
 
-def test_two_hundred_consumers_at_once_are_all_served(gateway: Gateway, apps: Applications, mode: str) -> None:
+def test_three_hundred_consumers_at_once_are_all_served(
+    gateway: Gateway, apps: Applications, mode: str
+) -> None:
     """They reach PROD from one address, that of the CONS relay, and all in one moment."""
     server = apps.listen()
     room = {"max_connections": 400}
@@ -177,6 +178,3 @@ def test_two_hundred_consumers_at_once_are_all_served(gateway: Gateway, apps: Ap
         assert receive_exactly(consumer, 4) == number.to_bytes(4, "big")
     assert serving.result() == len(consumers)
     assert [relay.status()["connections"]["refused"] for relay in pair][1] == 0
-
-
-_ = (digest, time, DEADLINE_S)
