@@ -203,6 +203,7 @@ class Tap:
         self.legs: list[tuple[socket.socket, socket.socket]] = []
         self.to_prod: list[bytearray] = []
         self.to_cons: list[bytearray] = []
+        self._has_cut = False
 
     def __call__(self, far: tuple[str, int]) -> tuple[str, int]:
         """Stands before this address from now on; the address to dial instead."""
@@ -239,7 +240,8 @@ class Tap:
                     destination.sendall(piece)
                 destination.shutdown(socket.SHUT_WR)
             except OSError:
-                for end in (source, destination):
+                # After a cut one relay's reset must not overtake the FIN that the other one is to see.
+                for end in () if self._has_cut else (source, destination):
                     with suppress(OSError):
                         reset(end)
 
@@ -247,6 +249,7 @@ class Tap:
 
     def cut_with_fin(self, leg: int = -1) -> None:
         """Ends both directions of a connection as a middlebox does that closes in order."""
+        self._has_cut = True
         for end in self.legs[leg]:
             with suppress(OSError):
                 end.shutdown(socket.SHUT_WR)
