@@ -366,7 +366,11 @@ class Connections(_Part):
 
 
 class Limiting(_Part):
-    """The leg with the largest share (0 to 1) of limited time: `producer`, `wan`, `consumer` or finer."""
+    """The leg with the largest share (0 to 1) of limited time.
+
+    `producer`, `wan`, `consumer`, `consumer_lan`,
+    `consumer_application`, `producer_lan`, `producer_application`; of a single relay also `upstream`.
+    """
 
     direction: str | None = None
     leg: str | None = None

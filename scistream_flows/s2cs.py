@@ -21,7 +21,7 @@ from typing import Any, Final, Literal, TypeAlias
 from pydantic import BaseModel
 
 from scistream_flows import policy
-from scistream_flows.config import FacilityConfig
+from scistream_flows.config import FacilityConfig, GatewayConfig
 from scistream_flows.errors import (
     PROTOCOL,
     BadRequest,
@@ -484,7 +484,7 @@ class S2CS:
                     relay_id=row.relay_id,
                     gateway=row.gateway,
                     public_key=report.public_key or "",
-                    dial_addresses=config.dial_addresses() if request.role == "CONS" else [],
+                    dial_addresses=list(_dial_addresses(config, request)),
                     listeners=[
                         Listener(
                             index=one.index, address=join_address(advertised, split_address(one.address)[1])
@@ -755,6 +755,13 @@ def _source_for(source: str | None, onwards: Mapping[str, Any]) -> str | None:
     if source is None or any((":" in source) != (":" in split_address(one)[0]) for one in addresses):
         return None
     return source
+
+
+def _dial_addresses(gateway: GatewayConfig, request: Request) -> Sequence[str]:
+    """Where PROD sees CONS come from; empty, so that the key alone proves it, if that is not known."""
+    dialled = {":" in split_address(one)[0] for one in request.offer.addresses} if request.offer else set()
+    known = [one for one in gateway.dial_addresses() if (":" in one) in dialled]
+    return known if {":" in one for one in known} == dialled else []
 
 
 def _lost(stream: StreamRow, row: RelayRow, gone: ScistreamError) -> RelayStatus:

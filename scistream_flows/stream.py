@@ -466,24 +466,25 @@ _CANCELLED: ContextVar[threading.Event | None] = ContextVar("scistream_cancelled
 
 
 def limiting_leg(prod: Limiting | None, cons: Limiting | None) -> Limiting | None:
-    """The leg that limits the stream, from the verdicts of its two relays.
+    """The leg that limits the stream, from the verdicts of its two relays; None when they do not tell.
 
-    Each relay sees its own LAN and the WAN. What PROD calls `consumer` is everything behind the WAN, where CONS sees
-    finer; what CONS calls `producer` is everything before it, where PROD does.
+    The relay that sends into the WAN sees its own side and the WAN, and knows only that the far side does not take
+    more. The one that receives knows only that it is starved (`upstream`), but sees in its own side which part it is.
     """
-    if prod is None or prod.leg is None:
-        return cons
-    if cons is None or cons.leg is None:
-        return prod
-    beyond_prod = prod.leg.startswith("consumer")
-    beyond_cons = cons.leg.startswith("producer")
-    if beyond_prod and beyond_cons:  # both point at what lies between them
-        return prod.model_copy(update={"leg": "wan"})
-    if beyond_prod:
-        return cons
-    if beyond_cons:
-        return prod
-    return max(prod, cons, key=lambda verdict: verdict.share or 0.0)
+    if prod is None or cons is None or prod.leg is None or cons.leg is None:
+        only = prod if prod is not None and prod.leg is not None else cons
+        return None if only is None or only.leg in (None, "upstream") else only
+    to_consumer = "to_producer" not in (prod.direction, cons.direction)
+    sender, receiver, far_side = (prod, cons, "consumer") if to_consumer else (cons, prod, "producer")
+    if (
+        receiver.leg == "upstream" and sender.leg == far_side
+    ):  # each points at the other: it lies between them
+        return sender.model_copy(update={"leg": "wan"})
+    if receiver.leg == "upstream":
+        return sender
+    if sender.leg == far_side:
+        return receiver
+    return max(sender, receiver, key=lambda verdict: verdict.share or 0.0)
 
 
 def _connected(facility: str | Facility, closing: contextlib.ExitStack) -> Facility:

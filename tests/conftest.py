@@ -16,6 +16,7 @@ from pathlib import Path
 import pytest
 
 from scistream_flows.config import load_facility
+from scistream_flows.models import split_address
 from scistream_flows.s2cs import S2CS
 
 
@@ -137,8 +138,7 @@ def exchange(connection: socket.socket, payload: bytes) -> str:
 
 def connect_and_exchange(address: str, payload: bytes) -> str:
     """Connect to `ip:port` and exchange payloads; the hash of what came."""
-    host, port = address.rsplit(":", 1)
-    with socket.create_connection((host, int(port)), timeout=30) as connection:
+    with socket.create_connection(split_address(address), timeout=30) as connection:
         return exchange(connection, payload)
 
 

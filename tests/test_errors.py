@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import pickle
+from pathlib import Path
 
 import pytest
 
@@ -85,3 +86,9 @@ def test_details_are_readable_by_name() -> None:
 
 def test_a_wait_that_times_out_is_a_timeout_error() -> None:
     assert issubclass(errors.WaitTimeout, TimeoutError)
+
+
+def test_the_documented_table_is_the_tree() -> None:
+    page = (Path(__file__).parent.parent / "docs" / "architecture.md").read_text()
+    for cls in CLASSES:
+        assert f"| `{cls.__name__}` | `{cls.code}` | {cls.exit_code} | {cls.http_status} |" in page

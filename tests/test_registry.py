@@ -12,6 +12,8 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -201,37 +203,60 @@ def test_a_lock_goes_with_its_process_also_by_kill_9(registry: Registry) -> None
 
 def test_a_forked_child_has_a_database_of_its_own_and_holds_no_lock(registry: Registry) -> None:
     registry.claim(KEY, request(), lambda _: [row()])
-    child_is_done, parent_is_done = os.pipe(), os.pipe()
-    with registry.lock(KEY, timeout_s=1):
-        pid = os.fork()
-        if pid == 0:
-            ok = registry.find(KEY) is not None
-            os.write(child_is_done[1], b"1" if ok else b"0")
-            os.read(parent_is_done[0], 1)
-            os._exit(0)
-        assert os.read(child_is_done[0], 1) == b"1"
-    with registry.lock(KEY, timeout_s=1):  # although the child still has a copy of the descriptor
-        assert registry.find(KEY) is not None
-    os.write(parent_is_done[1], b"1")
+    (done, child_is_done), (may_end, parent_is_done) = os.pipe(), os.pipe()
+    try:
+        with registry.lock(KEY, timeout_s=1):
+            pid = os.fork()
+            if pid == 0:
+                os.close(parent_is_done)
+                os.write(child_is_done, b"1" if registry.find(KEY) is not None else b"0")
+                os.read(may_end, 1)  # the end of input, at the latest when the parent ends
+                os._exit(0)
+            assert os.read(done, 1) == b"1"
+        with registry.lock(KEY, timeout_s=1):  # although the child still has a copy of the descriptor
+            assert registry.find(KEY) is not None
+    finally:
+        for end in (done, child_is_done, may_end, parent_is_done):
+            os.close(end)
     os.waitpid(pid, 0)
-    for end in (*child_is_done, *parent_is_done):
-        os.close(end)
 
 
-def open_and_claim(state_dir: Path, number: int) -> int:
+def open_and_claim(state_dir: Path, process: int) -> int:
     registry = Registry(state_dir)
-    with registry.lock(KEY, timeout_s=30):
-        registry.claim(Key("urn:a", f"s{number}", "PROD"), request(), lambda _: [row(f"{number:032x}")])
+    for number in range(20):
+        relays = [row(f"{process:016x}{number:016x}")]
+        registry.claim(Key("urn:a", f"s{process}-{number}", "PROD"), request(), partial(_take, relays))
     registry.close()
-    return number
+    return process
 
 
-def test_many_processes_open_one_new_registry_at_the_same_time(tmp_path: Path) -> None:
+def _take(relays: list[RelayRow], usage: Usage) -> list[RelayRow]:
+    assert usage.streams_of_owner < 120
+    return relays
+
+
+def test_many_processes_open_and_fill_one_new_registry_at_the_same_time(tmp_path: Path) -> None:
     with multiprocessing.get_context("spawn").Pool(6) as pool:
-        done = pool.starmap(open_and_claim, [(tmp_path / "state", number) for number in range(12)])
+        done = pool.starmap(
+            open_and_claim, [(tmp_path / "state", process) for process in range(6)], chunksize=1
+        )
     registry = Registry(tmp_path / "state")
-    assert len(registry.streams("opening")) == len(done) == 12
+    assert len(registry.streams("opening")) == 20 * len(done) == 120
     registry.close()
+
+
+def test_a_new_registry_can_be_opened_by_several_at_the_very_same_moment(tmp_path: Path) -> None:
+    # SQLite itself refuses one in twenty of these: it does not wait for the switch to its write-ahead log.
+    def open_it(state_dir: Path, together: threading.Barrier) -> None:
+        together.wait(10)
+        Registry(state_dir).close()
+
+    with ThreadPoolExecutor(4) as pool:
+        for number in range(50):
+            together = threading.Barrier(4)
+            opening = [pool.submit(open_it, tmp_path / f"state-{number}", together) for _ in range(4)]
+            for one in opening:
+                one.result(30)
 
 
 def test_the_state_is_the_users_alone(registry: Registry) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import hashlib
 import os
 import pickle
@@ -34,7 +35,7 @@ from scistream_flows import (
     open_stream,
 )
 from scistream_flows.errors import CapacityExhausted, Conflict
-from scistream_flows.models import Limiting, Mode, Renewal, Role, StatusQuery
+from scistream_flows.models import Limiting, Mode, Renewal, Role, StatusQuery, join_address, split_address
 from scistream_flows.stream import limiting_leg
 
 Relays = Callable[..., list[int]]
@@ -562,8 +563,8 @@ def test_many_streams_at_once(application: Any, talk: Talk, nothing_left: Callab
 # --- which leg limits
 
 
-def verdict(leg: str | None, share: float = 0.9) -> Limiting | None:
-    return None if leg is None else Limiting(direction="to_consumer", leg=leg, share=share)
+def verdict(leg: str | None, *, share: float = 0.9, direction: str = "to_consumer") -> Limiting | None:
+    return None if leg is None else Limiting(direction=direction, leg=leg, share=share)
 
 
 @pytest.mark.parametrize(
@@ -572,12 +573,12 @@ def verdict(leg: str | None, share: float = 0.9) -> Limiting | None:
         (None, None, None),
         ("producer", None, "producer"),
         (None, "consumer_lan", "consumer_lan"),
-        ("producer", "producer", "producer"),
-        ("wan", "producer", "wan"),
+        (None, "upstream", None),
+        ("producer", "upstream", "producer"),
+        ("wan", "upstream", "wan"),
         ("consumer", "consumer_lan", "consumer_lan"),
         ("consumer", "consumer_application", "consumer_application"),
-        ("consumer", "wan", "wan"),
-        ("consumer", "producer", "wan"),
+        ("consumer", "upstream", "wan"),
     ],
 )
 def test_the_limiting_leg_comes_from_the_relay_that_sees_it(
@@ -587,10 +588,139 @@ def test_the_limiting_leg_comes_from_the_relay_that_sees_it(
     assert (found.leg if found else None) == leg
 
 
+@pytest.mark.parametrize(
+    ("prod", "cons", "leg"),
+    [
+        ("upstream", "consumer", "consumer"),
+        ("upstream", "wan", "wan"),
+        ("producer_application", "producer", "producer_application"),
+        ("upstream", "producer", "wan"),
+    ],
+)
+def test_for_bytes_to_the_producer_the_relays_change_places(prod: str, cons: str, leg: str) -> None:
+    found = limiting_leg(verdict(prod, direction="to_producer"), verdict(cons, direction="to_producer"))
+    assert found is not None
+    assert found.leg == leg
+
+
 def test_of_two_clear_verdicts_the_larger_share_counts() -> None:
-    found = limiting_leg(verdict("producer", 0.5), verdict("consumer_lan", 0.8))
+    found = limiting_leg(verdict("producer", share=0.5), verdict("consumer_lan", share=0.8))
     assert found is not None
     assert found.leg == "consumer_lan"
+
+
+def test_a_consumer_that_reads_slowly_is_named_as_the_limit(within: Within) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        target = "{}:{}".format(*server.getsockname())
+        with open_stream("local:aps", "local:alcf", targets=[target], until="released") as stream:
+            host, port = stream.listeners[0].rsplit(":", 1)
+            stopping = threading.Event()
+            with socket.create_connection((host, int(port)), timeout=10) as consumer:
+                producer, _ = server.accept()
+                threads = [threading.Thread(target=flood, args=(producer, stopping))]
+                threads.append(threading.Thread(target=sip, args=(consumer, stopping)))
+                for thread in threads:
+                    thread.start()
+                try:
+                    within(lambda: named(stream.status().limiting) == "consumer_application", timeout_s=15)
+                finally:
+                    stopping.set()
+                    for thread in threads:
+                        thread.join(10)
+                    producer.close()
+
+
+def named(limiting: Limiting | None) -> str | None:
+    return limiting.leg if limiting else None
+
+
+def flood(connection: socket.socket, stopping: threading.Event) -> None:
+    connection.settimeout(0.2)
+    while not stopping.is_set():
+        with contextlib.suppress(TimeoutError):
+            connection.send(b"x" * 65_536)
+
+
+def sip(connection: socket.socket, stopping: threading.Event) -> None:
+    while not stopping.is_set():
+        connection.recv(65_536)
+        time.sleep(0.005)
+
+
+# --- addresses
+
+
+GATEWAY = """
+[facility]
+name = "{name}"
+[[gateway]]
+name = "gw"
+wan_bind = "{wan}"
+lan_bind = "{lan}"
+[policy]
+targets = ["127.0.0.0/8", "::1/128"]
+peers = ["127.0.0.0/8", "::1/128"]
+consumers = ["127.0.0.0/8", "::1/128"]
+modes = ["tls", "auth", "none"]
+"""
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize(
+    ("producer", "consumer"),
+    [(("::1", "::1"), ("::1", "::1")), (("127.0.0.2", "127.0.0.3"), ("127.0.0.4", "127.0.0.5"))],
+    ids=["IPv6", "four addresses"],
+)
+def test_gateways_have_the_addresses_of_their_files(
+    mode: Mode,
+    producer: tuple[str, str],
+    consumer: tuple[str, str],
+    talk: Talk,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    nothing_left: Callable[[], None],
+) -> None:
+    monkeypatch.setenv("SCISTREAM_CONFIG_DIR", str(tmp_path))
+    for name, (wan, lan) in (("aps", producer), ("alcf", consumer)):
+        (tmp_path / f"{name}.toml").write_text(GATEWAY.format(name=name, wan=wan, lan=lan))
+    family = socket.AF_INET6 if producer[0] == "::1" else socket.AF_INET
+    with socket.create_server((producer[1], 0), family=family) as server:
+        greeter = threading.Thread(target=greet_once, args=(server,))
+        greeter.start()
+        target = join_address(producer[1], server.getsockname()[1])
+        with open_stream("local:aps", "local:alcf", targets=[target], mode=mode) as stream:
+            assert split_address(stream.offers["PROD"].addresses[0])[0] == producer[0]
+            assert split_address(stream.listeners[0])[0] == consumer[1]
+            assert talk(stream.listeners[0], b"") == sha(b"hello")
+        greeter.join(10)
+    nothing_left()
+
+
+def greet_once(server: socket.socket) -> None:
+    server.settimeout(30)
+    connection, _ = server.accept()
+    with connection:
+        connection.sendall(b"hello")
+        connection.shutdown(socket.SHUT_WR)
+        connection.recv(1)
+
+
+def test_a_producers_facility_on_ipv6_serves_a_consumers_on_ipv4(
+    talk: Talk, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, nothing_left: Callable[[], None]
+) -> None:
+    monkeypatch.setenv("SCISTREAM_CONFIG_DIR", str(tmp_path))
+    (tmp_path / "aps.toml").write_text(GATEWAY.format(name="aps", wan="::1", lan="127.0.0.1"))
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        greeter = threading.Thread(target=greet_once, args=(server,))
+        greeter.start()
+        target = f"localhost:{server.getsockname()[1]}"
+        with open_stream("local:aps", "local:alcf", targets=[target]) as stream:
+            assert talk(stream.listeners[0], b"") == sha(b"hello")
+        greeter.join(10)
+        # in mode none the address is all that proves a peer, and the consumer's gateway has none of this version
+        with pytest.raises(BadRequest, match="needs source_addresses"):
+            open_stream("local:aps", "local:alcf", targets=[target], mode="none")
+    nothing_left()
 
 
 def test_a_facility_object_is_used_as_it_is_and_stays_open(
