@@ -369,7 +369,7 @@ class Limiting(_Part):
     """The leg with the largest share (0 to 1) of limited time.
 
     `producer`, `wan`, `consumer`, `consumer_lan`,
-    `consumer_application`, `producer_lan`, `producer_application`; of a single relay also `upstream`.
+    `consumer_application`, `producer_lan`, `producer_application`; of a single relay also `upstream`; `relay` when a relay's own processor is.
     """
 
     direction: str | None = None

@@ -2,17 +2,19 @@
 
 use std::fs;
 use std::io::{BufRead, BufReader, Read, Write};
+use std::os::fd::OwnedFd;
 use std::os::unix::net::UnixStream;
 use std::time::Duration;
 
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
-use rustix::process::{Pid, PidfdFlags, pidfd_open};
+use rustix::process::{Pid, PidfdFlags, Signal, pidfd_open, pidfd_send_signal};
 use serde_json::{Value, json};
 
 use crate::config::{PROTOCOL, RelayId};
 use crate::runtime_dir::RuntimeDir;
 
-const ANSWER_TIMEOUT: Duration = Duration::from_secs(30);
+/// A living relay answers in milliseconds, also under load; `stop` waits for its connections to close their books.
+const ANSWER_TIMEOUT: Duration = Duration::from_secs(5);
 const EXIT_TIMEOUT: Timespec = Timespec { tv_sec: 10, tv_nsec: 0 };
 
 /// A refusal as it is printed.
@@ -60,23 +62,42 @@ pub fn ask(
 fn converse(mut stream: UnixStream, request: &Value) -> Result<Value, Refusal> {
     let io = |error: std::io::Error| Refusal::new("io", format!("control socket: {error}"));
     let peer = rustix::net::sockopt::socket_peercred(&stream).ok();
+    let process = peer.and_then(|peer| pidfd_open(peer.pid, PidfdFlags::empty()).ok());
+    let stops = request["verb"] == "stop";
     stream.set_read_timeout(Some(ANSWER_TIMEOUT)).map_err(io)?;
     stream.write_all(format!("{request}\n").as_bytes()).map_err(io)?;
     let mut line = String::new();
-    BufReader::new(&stream).read_line(&mut line).map_err(io)?;
+    match BufReader::new(&stream).read_line(&mut line) {
+        Ok(_) => {}
+        Err(error) if error.kind() == std::io::ErrorKind::WouldBlock => {
+            let Some(process) = process.filter(|_| stops) else {
+                return Err(Refusal::new(
+                    "io",
+                    "the relay does not answer: it is frozen or the machine is overloaded",
+                ));
+            };
+            // Its ports and connections must not outlive a release. The kernel resets the connections.
+            let _ = pidfd_send_signal(&process, Signal::KILL);
+            wait_for_exit(&process);
+            return Err(Refusal::new("relay-lost", "the relay did not answer and was killed"));
+        }
+        Err(error) => return Err(io(error)),
+    }
     let answer: Value = serde_json::from_str(&line)
         .map_err(|error| Refusal::new("io", format!("control socket: the answer is no document: {error}")))?;
     if let Some(error) = answer.get("error") {
         let text = |key: &str| error[key].as_str().unwrap_or_default().to_owned();
         return Err(Refusal { code: text("code"), message: text("message") });
     }
-    if request["verb"] == "stop" {
+    if let Some(process) = process.filter(|_| stops) {
         // Ports and sockets are free only when the process is gone.
-        if let Some(process) = peer.and_then(|peer| pidfd_open(peer.pid, PidfdFlags::empty()).ok()) {
-            let _ = poll(&mut [PollFd::new(&process, PollFlags::IN)], Some(&EXIT_TIMEOUT));
-        }
+        wait_for_exit(&process);
     }
     Ok(answer)
+}
+
+fn wait_for_exit(process: &OwnedFd) {
+    let _ = poll(&mut [PollFd::new(process, PollFlags::IN)], Some(&EXIT_TIMEOUT));
 }
 
 /// The end record from the log of a relay that is not there any more.

@@ -218,6 +218,8 @@ fn default_user_timeout_s() -> f64 {
 #[derive(Clone, Debug, Default, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Changes {
+    /// As in every document; here it may be left out.
+    pub protocol: Option<u32>,
     pub targets: Option<Vec<SocketAddr>>,
     pub peers: Option<Vec<Peer>>,
     pub sources: Option<Vec<Network>>,
@@ -303,6 +305,11 @@ impl Config {
 impl Changes {
     /// Parses and checks the changes for a relay of this configuration.
     pub fn check(&self, config: &Config) -> Result<(), String> {
+        if let Some(protocol) = self.protocol.filter(|protocol| *protocol != PROTOCOL) {
+            return Err(format!(
+                "changes: protocol {protocol} was asked, this s2ds speaks protocol {PROTOCOL}"
+            ));
+        }
         if let Some(targets) = &self.targets {
             check_targets(config.role, targets)?;
         }

@@ -3,7 +3,7 @@
 use std::io;
 use std::net::SocketAddr;
 use std::sync::atomic::{AtomicBool, AtomicU8, AtomicU64, AtomicUsize, Ordering};
-use std::sync::{Arc, Mutex, OnceLock};
+use std::sync::{Arc, LazyLock, Mutex, OnceLock};
 use std::time::{Duration, Instant};
 
 use serde_json::{Value, json};
@@ -60,9 +60,54 @@ impl Path {
     }
 }
 
+/// What a direction waits for.
+#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+pub enum Wait {
+    /// Nothing has come in.
+    Source,
+    /// What came in finds no room.
+    Destination,
+}
+
+/// For how long a direction has waited so far, in nanoseconds.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Waited {
+    pub source_ns: u64,
+    pub destination_ns: u64,
+}
+
+/// A wait that is going on; it is added up when this is dropped, for whatever reason.
+pub struct Waiting<'a> {
+    flow: &'a Flow,
+    wait: Wait,
+    since_ns: u64,
+}
+
+impl Drop for Waiting<'_> {
+    fn drop(&mut self) {
+        let counter = match self.wait {
+            Wait::Source => &self.flow.source_ns,
+            Wait::Destination => &self.flow.destination_ns,
+        };
+        counter.fetch_add(now_ns() - self.since_ns, Ordering::Relaxed);
+        self.flow.waiting_since_ns.store(0, Ordering::Relaxed);
+    }
+}
+
+/// Nanoseconds since this process began to count; never 0.
+fn now_ns() -> u64 {
+    static BEGIN: LazyLock<Instant> = LazyLock::new(Instant::now);
+    BEGIN.elapsed().as_nanos() as u64 + 1
+}
+
 /// One direction of one connection.
 #[derive(Default)]
 pub struct Flow {
+    source_ns: AtomicU64,
+    destination_ns: AtomicU64,
+    /// 0 while it does not wait.
+    waiting_since_ns: AtomicU64,
+    waits_for_destination: AtomicBool,
     bytes: AtomicU64,
     path: AtomicU8,
     pipe_bytes: AtomicUsize,
@@ -106,6 +151,32 @@ impl Flow {
 
     pub fn may_splice(&self) -> bool {
         !self.no_splice.load(Ordering::Relaxed)
+    }
+
+    /// This direction waits from here on, until the answer is dropped.
+    pub fn waits(&self, wait: Wait) -> Waiting<'_> {
+        let since_ns = now_ns();
+        self.waits_for_destination.store(wait == Wait::Destination, Ordering::Relaxed);
+        self.waiting_since_ns.store(since_ns, Ordering::Relaxed);
+        Waiting { flow: self, wait, since_ns }
+    }
+
+    /// All waits so far, the present one included.
+    pub fn waited(&self) -> Waited {
+        let mut waited = Waited {
+            source_ns: self.source_ns.load(Ordering::Relaxed),
+            destination_ns: self.destination_ns.load(Ordering::Relaxed),
+        };
+        let since_ns = self.waiting_since_ns.load(Ordering::Relaxed);
+        if since_ns > 0 {
+            let present_ns = now_ns().saturating_sub(since_ns);
+            if self.waits_for_destination.load(Ordering::Relaxed) {
+                waited.destination_ns += present_ns;
+            } else {
+                waited.source_ns += present_ns;
+            }
+        }
+        waited
     }
 
     /// The application ended this direction.

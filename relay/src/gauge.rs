@@ -7,7 +7,7 @@ use serde_json::{Value, json};
 use tokio::net::TcpStream;
 
 use crate::config::Role;
-use crate::connection::{Connection, Leg, Legs};
+use crate::connection::{Connection, Leg, Legs, Waited};
 
 /// Rates are taken over at least this long.
 const WINDOW_S: f64 = 1.0;
@@ -18,7 +18,6 @@ pub struct Gauge {
     samples: std::collections::VecDeque<Sample>,
     pub to_consumer_bits_per_s: f64,
     pub to_producer_bits_per_s: f64,
-    /// Seconds, in the last window, for which each leg was what the larger direction waited for.
     pub shares: Option<Shares>,
     last_moved: Option<(Instant, u64)>,
 }
@@ -27,21 +26,28 @@ struct Sample {
     at: Instant,
     to_consumer: u64,
     to_producer: u64,
+    waited_to_consumer: Waited,
+    waited_to_producer: Waited,
     lan: TcpInfo,
     wan: TcpInfo,
 }
 
-/// Parts of one second of the sending socket of a direction.
+/// Where the time of the larger direction went: parts of 1.
+///
+/// Waiting for the source or for room is measured where it happens. Waiting for room is the receiver's doing for as long as
+/// TCP found its window closed, else the network's. What is left is this relay at work.
 #[derive(Clone, Copy, Debug, Default)]
 pub struct Shares {
     /// True: the direction is from the producer to the consumer.
     pub to_consumer: bool,
-    /// The socket had nothing to send: whatever feeds this relay is slower.
+    /// Nothing came in: whatever feeds this relay is slower.
     pub starved: f64,
-    /// The network behind the sending socket.
+    /// The network behind the sending socket takes no more.
     pub network: f64,
-    /// The receiver's window was closed: whoever reads is slower.
+    /// Whoever reads behind the sending socket takes no more.
     pub receiver: f64,
+    /// This relay: its processor is the limit.
+    pub relay: f64,
 }
 
 impl Gauge {
@@ -51,6 +57,8 @@ impl Gauge {
             at: now,
             to_consumer: connection.to_consumer().bytes(),
             to_producer: connection.to_producer().bytes(),
+            waited_to_consumer: connection.to_consumer().waited(),
+            waited_to_producer: connection.to_producer().waited(),
             lan: tcp_info(&*legs.lan).unwrap_or_default(),
             wan: tcp_info(&*legs.wan).unwrap_or_default(),
         };
@@ -73,16 +81,24 @@ impl Gauge {
         self.to_producer_bits_per_s = (new.to_producer - old.to_producer) as f64 * 8.0 / elapsed_s;
         let to_consumer = self.to_consumer_bits_per_s >= self.to_producer_bits_per_s;
         let sends_on_wan = to_consumer == connection.is_producer_side();
-        let (old, new) = if sends_on_wan { (&old.wan, &new.wan) } else { (&old.lan, &new.lan) };
-        let part =
-            |later: u64, earlier: u64| (later.saturating_sub(earlier) as f64 / 1e6 / elapsed_s).min(1.0);
-        let busy = part(new.busy_us, old.busy_us);
-        let receiver = part(new.receiver_limited_us, old.receiver_limited_us).min(busy);
+        let (before, after) = if sends_on_wan { (&old.wan, &new.wan) } else { (&old.lan, &new.lan) };
+        let (waited_before, waited) = if to_consumer {
+            (old.waited_to_consumer, new.waited_to_consumer)
+        } else {
+            (old.waited_to_producer, new.waited_to_producer)
+        };
+        let part = |later: u64, earlier: u64, per_s: f64| {
+            (later.saturating_sub(earlier) as f64 / per_s / elapsed_s).min(1.0)
+        };
+        let starved = part(waited.source_ns, waited_before.source_ns, 1e9);
+        let full = part(waited.destination_ns, waited_before.destination_ns, 1e9).min(1.0 - starved);
+        let receiver = part(after.receiver_limited_us, before.receiver_limited_us, 1e6).min(full);
         self.shares = (self.to_consumer_bits_per_s + self.to_producer_bits_per_s > 0.0).then_some(Shares {
             to_consumer,
-            starved: 1.0 - busy,
-            network: busy - receiver,
+            starved,
+            network: full - receiver,
             receiver,
+            relay: 1.0 - starved - full,
         });
     }
 
@@ -115,16 +131,18 @@ pub fn limiting(role: Role, gauges: &[(f64, Shares)]) -> Value {
     };
     let to_consumer = mean(|shares| f64::from(u8::from(shares.to_consumer))) >= 0.5;
     let (starved, network, receiver) = (mean(|s| s.starved), mean(|s| s.network), mean(|s| s.receiver));
+    let own = ("relay".to_string(), mean(|s| s.relay));
     // The side a direction comes from is behind the starvation; a sending WAN socket has the far side behind its receiver.
     let (from, to) = if to_consumer { ("producer", "consumer") } else { ("consumer", "producer") };
     let sends_on_wan = to_consumer == (role == Role::Prod);
     let shares = if sends_on_wan {
-        vec![(from.to_string(), starved), ("wan".into(), network), (to.to_string(), receiver)]
+        vec![(from.to_string(), starved), ("wan".into(), network), (to.to_string(), receiver), own]
     } else {
         vec![
             ("upstream".into(), starved),
             (format!("{to}_lan"), network),
             (format!("{to}_application"), receiver),
+            own,
         ]
     };
     if shares.iter().all(|(_, share)| *share <= 0.0) {

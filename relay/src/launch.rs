@@ -34,6 +34,9 @@ pub fn start(configuration: &[u8], directory: &Path) -> ExitCode {
         Ok(log) => log,
         Err(error) => return failed(1, "io", format!("event log of relay {}: {error}", config.relay_id)),
     };
+    // What our caller left open would stay open as long as the relay lives: its pipe would never end. Before Linux 5.11 the
+    // call is missing, and callers that close what they own (Python does) are still served.
+    let _ = s2ds_sys::close_on_exec_from(3);
     let spawned = std::env::current_exe().and_then(|program| {
         Command::new(program)
             .args(["run", "--detached", "--runtime-dir", "."])

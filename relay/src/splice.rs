@@ -10,7 +10,7 @@ use tokio::io::Interest;
 use tokio::net::TcpStream;
 use tokio::sync::Notify;
 
-use crate::connection::{Connection, Flow, Leg, LegError, Path};
+use crate::connection::{Connection, Flow, Leg, LegError, Path, Wait};
 use crate::pipe::{PIPE_BYTES, Pipe, give_buffer, give_pipe, take_buffer, take_pipe};
 use crate::socket::{close_in_order, shutdown_write};
 
@@ -54,7 +54,10 @@ async fn one_way(
     let at_destination = |error: io::Error| LegError::new(destination_leg, &error);
     let mut rounds = 0_u64;
     loop {
-        source.readable().await.map_err(at_source)?;
+        {
+            let _waiting = flow.waits(Wait::Source);
+            source.readable().await.map_err(at_source)?;
+        }
         let (mut cargo, length) = match Cargo::load(source, flow) {
             Ok(Some(loaded)) => loaded,
             Ok(None) => {
@@ -74,6 +77,7 @@ async fn one_way(
                     flow.add(moved);
                 }
                 Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
+                    let _waiting = flow.waits(Wait::Destination);
                     wait_for_room((source, source_leg), (destination, destination_leg)).await?;
                 }
                 Err(error) => return Err(at_destination(error)),

@@ -7,7 +7,7 @@ use std::time::Duration;
 use tokio::io::{Interest, Ready};
 use tokio::net::TcpStream;
 
-use crate::connection::{Connection, Leg, LegError, Path};
+use crate::connection::{Connection, Flow, Leg, LegError, Path, Wait, Waiting};
 use crate::pipe::{give_buffer, take_buffer};
 use crate::socket::{close_in_order, shutdown_write};
 use crate::tls::Session;
@@ -49,7 +49,7 @@ pub async fn relay(
                 tokio::task::yield_now().await;
             }
         } else {
-            pump.wait(lan, wan).await?;
+            pump.wait(lan, wan, connection).await?;
         }
     }
     close_in_order(lan);
@@ -183,7 +183,12 @@ impl Pump {
     }
 
     /// Nothing could move: waits for what would change that, and on each leg for a reset even if nothing is wanted from it.
-    async fn wait(&mut self, lan: &TcpStream, wan: &TcpStream) -> Result<(), LegError> {
+    async fn wait(
+        &mut self,
+        lan: &TcpStream,
+        wan: &TcpStream,
+        connection: &Connection,
+    ) -> Result<(), LegError> {
         let to_lan = self.delivered < self.session.plain.len();
         let to_wan = !self.session.outgoing.is_empty();
         if !to_lan && !to_wan {
@@ -191,6 +196,8 @@ impl Pump {
             self.session.outgoing.release();
             self.session.plain = Vec::new();
         }
+        let _outward = waits(to_wan, self.lan_ended, connection.lan_to_wan());
+        let _inward = waits(to_lan, self.session.peer_closed, connection.wan_to_lan());
         let lan_wants = wants(!to_wan && !self.lan_ended, to_lan);
         let wan_wants = wants(!to_lan && !self.session.peer_closed, to_wan);
         let (leg, ready) = tokio::select! {
@@ -214,6 +221,15 @@ impl Pump {
             Ok(_) => Ok(()),
             Err(_) => Err(LegError::new(leg, &rustix::io::Errno::CONNRESET.into())),
         }
+    }
+}
+
+/// What a direction waits for: room for what is under way, else the next bytes, unless it has ended.
+fn waits(under_way: bool, ended: bool, flow: &Flow) -> Option<Waiting<'_>> {
+    match (under_way, ended) {
+        (true, _) => Some(flow.waits(Wait::Destination)),
+        (false, false) => Some(flow.waits(Wait::Source)),
+        (false, true) => None,
     }
 }
 

@@ -1,4 +1,5 @@
-//! Socket options that rustix, socket2 and nix do not offer: `TCP_INFO` in full and the 64-bit `SO_MAX_PACING_RATE`.
+//! What rustix, socket2 and nix do not offer safely: `TCP_INFO` in full, the 64-bit `SO_MAX_PACING_RATE`, and close-on-exec for
+//! descriptors that somebody else has opened.
 //!
 //! All `unsafe` of the relay is in this file.
 
@@ -104,6 +105,15 @@ pub fn set_max_pacing_rate(socket: impl AsFd, bytes_per_s: u64) -> io::Result<()
             std::ptr::from_ref(&bytes_per_s).cast(),
             size_of::<u64>() as libc::socklen_t,
         )
+    };
+    if answer == 0 { Ok(()) } else { Err(io::Error::last_os_error()) }
+}
+
+/// Marks every descriptor from `first` on as close-on-exec, whatever it is: a program started next inherits none of them.
+pub fn close_on_exec_from(first: u32) -> io::Result<()> {
+    // SAFETY: the call takes three numbers and changes a flag of open descriptors; it neither closes nor writes anything.
+    let answer = unsafe {
+        libc::syscall(libc::SYS_close_range, first, u32::MAX, libc::CLOSE_RANGE_CLOEXEC as libc::c_uint)
     };
     if answer == 0 { Ok(()) } else { Err(io::Error::last_os_error()) }
 }
