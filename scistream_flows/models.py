@@ -368,8 +368,8 @@ class Connections(_Part):
 class Limiting(_Part):
     """The leg with the largest share (0 to 1) of limited time.
 
-    `producer`, `wan`, `consumer`, `consumer_lan`,
-    `consumer_application`, `producer_lan`, `producer_application`; of a single relay also `upstream`; `relay` when a relay's own processor is.
+    `producer`, `wan`, `consumer`, `consumer_lan`, `consumer_application`, `producer_lan`, `producer_application`, or
+    `relay` when a relay's own processor is the limit; of a single relay also `upstream`.
     """
 
     direction: str | None = None

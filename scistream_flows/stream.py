@@ -57,6 +57,7 @@ log = logging.getLogger(__name__)
 
 FIRST_POLL_S: Final = 0.01
 LONGEST_POLL_S: Final = 0.25
+SAY_WHY_AFTER_S: Final = 3.0
 ROLES: Final[tuple[Role, ...]] = ("PROD", "CONS")
 
 OnProgress: TypeAlias = "Callable[[Progress], object]"
@@ -511,6 +512,8 @@ def _until_ready(
     uid: str, facilities: dict[Role, Facility], deadline: float, tell: Callable[[Status], None]
 ) -> None:
     cancelled = _CANCELLED.get() or threading.Event()
+    silent_until = time.monotonic() + SAY_WHY_AFTER_S
+    said = ""
     for pause_s in _pauses():
         cons, prod = (facilities[role].status(StatusQuery(uid=uid, role=role)) for role in ("CONS", "PROD"))
         tell(cons)
@@ -519,6 +522,10 @@ def _until_ready(
         left_s = deadline - time.monotonic()
         if cons.ended or prod.ended or left_s <= 0:
             raise _not_ready(uid, prod, cons)
+        if time.monotonic() >= silent_until and said != (why := _not_ready(uid, prod, cons).message):
+            # the application may only be late, so this is no error yet; but nobody should wait a minute to learn why
+            log.warning("still waiting, %.0f s more: %s", left_s, why)
+            said = why
         if cancelled.wait(min(pause_s, left_s)):
             raise StreamNotReady(
                 f"opening stream {uid!r} was cancelled", which=uid, leg="", reason="cancelled"
