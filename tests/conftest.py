@@ -20,6 +20,12 @@ from scistream_flows.models import split_address
 from scistream_flows.s2cs import S2CS
 
 
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    # Whoever runs the tests in the background may have set this, and programs started here would inherit it: the tests of
+    # Ctrl-C want what a terminal gives.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
 @pytest.fixture
 def state_base(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     """The directory that holds the state of every facility of this test; after it, no relay of theirs may run."""

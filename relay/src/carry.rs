@@ -12,6 +12,10 @@ use crate::relay::{Closing, Reason, Relay};
 use crate::tls::Session;
 use crate::{splice, tls_copy};
 
+/// Reasons to cut a connection whose peer has stopped answering while its window was closed: an error as from the kernel.
+pub const LAN_SILENT: &str = "lan-silent";
+pub const WAN_SILENT: &str = "wan-silent";
+
 /// Carries `connection` to its end and accounts for it. `session` is there in mode `tls` only.
 pub async fn carry(
     relay: &Relay,
@@ -35,7 +39,11 @@ pub async fn carry(
             Ok(()) => Closing { reason: "closed", abort: None, text: None },
             Err(error) => broken(relay.config.role, &error),
         },
-        reason = connection.is_cut() => Closing { reason, abort: None, text: None },
+        reason = connection.is_cut() => match reason {
+            LAN_SILENT => broken(relay.config.role, &LegError::new(Leg::Lan, &Errno::TIMEDOUT.into())),
+            WAN_SILENT => broken(relay.config.role, &LegError::new(Leg::Wan, &Errno::TIMEDOUT.into())),
+            reason => Closing { reason, abort: None, text: None },
+        },
     };
     connection.disconnected();
     drop((lan, wan));

@@ -33,6 +33,11 @@ impl LegError {
         LegError { leg, errno: errno::number(error), text: errno::of(error) }
     }
 
+    /// The other end of a leg is gone without a word of its own.
+    pub fn silent(leg: Leg, text: &str) -> LegError {
+        LegError { leg, errno: 0, text: text.into() }
+    }
+
     /// A TLS error can only be the WAN's.
     pub fn tls(error: &rustls::Error) -> LegError {
         LegError { leg: Leg::Wan, errno: 0, text: error.to_string() }
@@ -307,6 +312,11 @@ impl Connection {
     /// Notes whether the peer on `leg` has closed its window; true if that has changed.
     pub fn paused(&self, leg: Leg, paused: bool) -> bool {
         self.paused[leg as usize].swap(paused, Ordering::Relaxed) != paused
+    }
+
+    /// A peer's window is closed.
+    pub fn has_pause(&self) -> bool {
+        self.paused.iter().any(|paused| paused.load(Ordering::Relaxed))
     }
 
     pub fn bytes(&self) -> u64 {

@@ -177,11 +177,21 @@ async fn probe_all(relay: &Arc<Relay>, kind: Kind) -> Result<bool, ProbeResult> 
         let relay = relay.clone();
         probes.spawn(async move { call(&relay, &dial, kind, 0).await.map(|_| dial.address) });
     }
-    let mut address = None;
+    let (mut address, mut failure, mut lost) = (None, None, false);
+    // All of them: a listener that is not ready is no reason to hang up on the others.
     while let Some(probed) = probes.join_next().await {
-        if let Ok(probed) = probed {
-            address = Some(probed?);
+        match probed {
+            Ok(Ok(probed)) => address = Some(probed),
+            Ok(Err(failed)) => failure = failure.or(Some(failed)),
+            // A probe that has not come back has proven nothing.
+            Err(_) => lost = true,
         }
+    }
+    if let Some(failure) = failure {
+        return Err(failure);
+    }
+    if lost {
+        return Ok(false);
     }
     relay.note_probe(ProbeResult { result: "ok", errno: None, address, at: Instant::now() });
     Ok(true)

@@ -12,6 +12,15 @@ use crate::connection::{Connection, Leg, Legs, Waited};
 /// Rates are taken over at least this long.
 const WINDOW_S: f64 = 1.0;
 
+/// A sender whose pacing (BBR) has adapted to a slow reader finds the window closed for a part of the time only; one behind a
+/// slow network hardly ever does. So a closed window counts this many times.
+const CLOSED_WINDOW_WEIGHT: f64 = 4.0;
+
+/// A source with more to send than its network takes fills every segment. In a window, this much less is the ends of messages
+/// after which it had nothing to send: bytes, and part of all bytes.
+const SHORT_BYTES: f64 = 3000.0;
+const SHORT_PART: f64 = 0.0005;
+
 /// The figures of one connection between two samples.
 #[derive(Default)]
 pub struct Gauge {
@@ -42,6 +51,9 @@ pub struct Shares {
     pub to_consumer: bool,
     /// Nothing came in: whatever feeds this relay is slower.
     pub starved: f64,
+    /// Of that, what the application that feeds this relay is behind, by how its bytes arrive; the rest is its network. Only a
+    /// relay that receives from the application itself can tell.
+    pub starved_by_application: f64,
     /// The network behind the sending socket takes no more.
     pub network: f64,
     /// Whoever reads behind the sending socket takes no more.
@@ -92,10 +104,13 @@ impl Gauge {
         };
         let starved = part(waited.source_ns, waited_before.source_ns, 1e9);
         let full = part(waited.destination_ns, waited_before.destination_ns, 1e9).min(1.0 - starved);
-        let receiver = part(after.receiver_limited_us, before.receiver_limited_us, 1e6).min(full);
+        let receiver = part(after.receiver_limited_us, before.receiver_limited_us, 1e6);
+        let receiver = full.min(CLOSED_WINDOW_WEIGHT * receiver);
+        let by_application = sends_on_wan && !fills_segments(&old.lan, &new.lan);
         self.shares = (self.to_consumer_bits_per_s + self.to_producer_bits_per_s > 0.0).then_some(Shares {
             to_consumer,
             starved,
+            starved_by_application: if by_application { starved } else { 0.0 },
             network: full - receiver,
             receiver,
             relay: 1.0 - starved - full,
@@ -120,6 +135,14 @@ impl Gauge {
     }
 }
 
+/// Whether what arrived between two samples came in full segments: its sender always had more.
+fn fills_segments(before: &TcpInfo, after: &TcpInfo) -> bool {
+    let segments = f64::from(after.received_segments.wrapping_sub(before.received_segments));
+    let bytes = after.received_bytes.saturating_sub(before.received_bytes) as f64;
+    let short = segments * f64::from(after.receive_mss_bytes) - bytes;
+    segments > 0.0 && short < SHORT_BYTES.max(SHORT_PART * bytes)
+}
+
 /// The verdict of one relay over its connections, each counted by the bytes it moves. None while nothing moves.
 pub fn limiting(role: Role, gauges: &[(f64, Shares)]) -> Value {
     let weight: f64 = gauges.iter().map(|(rate, _)| rate).sum();
@@ -136,7 +159,14 @@ pub fn limiting(role: Role, gauges: &[(f64, Shares)]) -> Value {
     let (from, to) = if to_consumer { ("producer", "consumer") } else { ("consumer", "producer") };
     let sends_on_wan = to_consumer == (role == Role::Prod);
     let shares = if sends_on_wan {
-        vec![(from.to_string(), starved), ("wan".into(), network), (to.to_string(), receiver), own]
+        let by_application = mean(|s| s.starved_by_application);
+        vec![
+            (format!("{from}_application"), by_application),
+            (format!("{from}_lan"), starved - by_application),
+            ("wan".into(), network),
+            (to.to_string(), receiver),
+            own,
+        ]
     } else {
         vec![
             ("upstream".into(), starved),

@@ -152,8 +152,12 @@ fn run(configuration: &[u8], directory: &Path, detached: bool) -> ExitCode {
         }
     };
     let failed = |exit: u8, code: &str, errno: Option<&str>, message: &str| {
-        say("failed", json!({"code": code, "errno": errno, "message": message}));
-        if !detached {
+        let fields = json!({"code": code, "errno": errno, "message": message});
+        if detached {
+            say("failed", fields);
+        } else {
+            // By ourselves: the thread that writes for a slow reader would not live to do it.
+            let _ = std::io::stdout().write_all(events::line("failed", fields).as_bytes());
             eprintln!("s2ds: {message}");
         }
         ExitCode::from(exit)

@@ -9,9 +9,11 @@ use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::net::sockopt;
 use tokio::net::{TcpSocket, TcpStream};
 
-const KEEPALIVE_IDLE: Duration = Duration::from_secs(60);
-const KEEPALIVE_INTERVAL: Duration = Duration::from_secs(10);
-const KEEPALIVE_PROBES: u32 = 6;
+/// A side that only receives has nothing unacknowledged, so TCP_USER_TIMEOUT alone would never find its peer gone. It asks
+/// after a third of that time, and again and again; TCP_USER_TIMEOUT ends it then, in place of a number of probes.
+const KEEPALIVES_A_TIMEOUT: u32 = 3;
+/// What the kernel takes.
+const KEEPALIVE_S: (u64, u64) = (1, 32767);
 
 /// Prepares a data socket, right at accept and before connect.
 ///
@@ -22,10 +24,12 @@ const KEEPALIVE_PROBES: u32 = 6;
 pub fn prepare(socket: impl AsFd, user_timeout: Duration) -> io::Result<()> {
     sockopt::set_socket_linger(&socket, Some(Duration::ZERO))?;
     sockopt::set_tcp_nodelay(&socket, true)?;
+    let pause = (user_timeout / KEEPALIVES_A_TIMEOUT).as_secs().clamp(KEEPALIVE_S.0, KEEPALIVE_S.1);
+    let pause = Duration::from_secs(pause);
     let _ = sockopt::set_socket_keepalive(&socket, true)
-        .and_then(|()| sockopt::set_tcp_keepidle(&socket, KEEPALIVE_IDLE))
-        .and_then(|()| sockopt::set_tcp_keepintvl(&socket, KEEPALIVE_INTERVAL))
-        .and_then(|()| sockopt::set_tcp_keepcnt(&socket, KEEPALIVE_PROBES));
+        .and_then(|()| sockopt::set_tcp_keepidle(&socket, pause))
+        .and_then(|()| sockopt::set_tcp_keepintvl(&socket, pause))
+        .and_then(|()| sockopt::set_tcp_keepcnt(&socket, KEEPALIVES_A_TIMEOUT));
     let _ =
         sockopt::set_tcp_user_timeout(&socket, u32::try_from(user_timeout.as_millis()).unwrap_or(u32::MAX));
     Ok(())

@@ -3,7 +3,8 @@
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use crate::connection::{Connection, lock};
+use crate::carry::{LAN_SILENT, WAN_SILENT};
+use crate::connection::{Connection, Leg, lock};
 use crate::relay::{End, Relay};
 
 /// How often connections are looked at while there are any.
@@ -17,6 +18,10 @@ const REFUSALS_LATER: Duration = Duration::from_secs(60);
 
 /// A connection that has been silent for longer is not sampled again before it moves.
 const SETTLED_S: f64 = 2.0;
+
+/// So many probes of a closed window without an answer mean that the peer is gone. One or two do not: the answer is under way,
+/// or was left out (Linux answers such segments every 500 ms at most).
+const MANY_PROBES: u8 = 3;
 
 /// Runs until the relay ends, and says how.
 pub async fn supervise(relay: &Arc<Relay>) -> End {
@@ -64,12 +69,15 @@ pub async fn supervise(relay: &Arc<Relay>) -> End {
 fn look_at(relay: &Relay, connection: &Connection, now: Instant) {
     let Some(legs) = connection.legs() else { return };
     let mut gauge = lock(&connection.gauge);
-    if gauge.idle_s(now) < SETTLED_S || gauge.has_moved(connection) {
+    if gauge.idle_s(now) < SETTLED_S || gauge.has_moved(connection) || connection.has_pause() {
         gauge.sample(now, connection, &legs);
         for (leg, socket, info) in gauge.latest(&legs) {
             // Linux counts a closed window against TCP_USER_TIMEOUT even while the peer answers every probe (since 5.11), and
             // would cut a stream whose reader only pauses. So the time-out holds only while the peer takes data.
             let paused = info.send_window_bytes.is_some_and(|window| window < info.mss_bytes);
+            if paused && info.unanswered_probes >= MANY_PROBES && info.last_ack_ms > relay.user_timeout_ms() {
+                connection.cut(if leg == Leg::Lan { LAN_SILENT } else { WAN_SILENT });
+            }
             if connection.paused(leg, paused) {
                 let timeout_ms = if paused { 0 } else { relay.user_timeout_ms() };
                 let _ = rustix::net::sockopt::set_tcp_user_timeout(socket, timeout_ms);

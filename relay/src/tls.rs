@@ -158,7 +158,7 @@ impl Session {
                     return Ok(done);
                 }
                 Seen::Failed(error) => {
-                    self.collect_alert();
+                    self.collect_alert(&mut incoming[done..]);
                     return Err(error);
                 }
             }
@@ -207,15 +207,16 @@ impl Session {
         Ok(())
     }
 
-    /// After an error the library queues the alert that tells the peer why.
-    fn collect_alert(&mut self) {
+    /// After an error the library queues the alert that tells the peer why. It still knows of messages in `rest`, and wants to
+    /// find them there.
+    fn collect_alert(&mut self, rest: &mut [u8]) {
         for _ in 0..4 {
             let seen = match &mut self.side {
                 Side::Client(connection) => {
-                    handle(connection.process_tls_records(&mut []), &mut self.outgoing, &mut self.plain).1
+                    handle(connection.process_tls_records(rest), &mut self.outgoing, &mut self.plain).1
                 }
                 Side::Server(connection) => {
-                    handle(connection.process_tls_records(&mut []), &mut self.outgoing, &mut self.plain).1
+                    handle(connection.process_tls_records(rest), &mut self.outgoing, &mut self.plain).1
                 }
             };
             if !matches!(seen, Seen::Progress) {

@@ -43,13 +43,13 @@ pub async fn relay(
     while !(pump.lan_shut && pump.wan_shut) {
         let inward = pump.inward(lan, wan, connection)?;
         let outward = pump.outward(lan, wan, connection)?;
-        if inward || outward {
-            rounds += 1;
-            if rounds % ROUNDS_A_TURN == 0 {
-                tokio::task::yield_now().await;
-            }
-        } else {
+        if !inward && !outward {
             pump.wait(lan, wan, connection).await?;
+        }
+        // Also after a wait: one that is over at once must not keep the thread to itself.
+        rounds += 1;
+        if rounds % ROUNDS_A_TURN == 0 {
+            tokio::task::yield_now().await;
         }
     }
     close_in_order(lan);
@@ -110,7 +110,8 @@ impl Pump {
         let read =
             at(Leg::Wan, wan.try_read(&mut buffer[self.inbox.length..self.inbox.length + CHUNK_BYTES]));
         let progress = match read {
-            Ok(Some(0)) => Err(LegError::new(Leg::Wan, &io::ErrorKind::UnexpectedEof.into())),
+            // The far relay says close_notify or resets; only a network or a dying host ends like this.
+            Ok(Some(0)) => Err(LegError::silent(Leg::Wan, "the WAN ended without close_notify")),
             Ok(Some(read)) => {
                 self.inbox.length += read;
                 match self.session.receive(&mut buffer[..self.inbox.length]) {

@@ -2,6 +2,7 @@
 
 import hashlib
 import random
+import select
 import socket
 import struct
 import threading
@@ -89,6 +90,11 @@ def receive_until_broken(connection: socket.socket) -> tuple[bytes, str]:
     return bytes(received), "eof"
 
 
+def nobody_waits(server: socket.socket) -> bool:
+    """Whether no connection waits to be accepted at this moment."""
+    return not select.select([server], [], [], 0)[0]
+
+
 def reset(connection: socket.socket) -> None:
     """Closes with RST, as a killed connection does."""
     connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
@@ -146,8 +152,19 @@ class Applications:
     def connect(self, relay: Relay, index: int = 0) -> socket.socket:
         return self.dial(relay.address(index))
 
-    def dial(self, address: Address) -> socket.socket:
-        return self.keep(socket.create_connection(address[:2], timeout=DEADLINE_S))
+    def dial(self, address: Address, source: str = "") -> socket.socket:
+        return self.keep(
+            socket.create_connection(address[:2], timeout=DEADLINE_S, source_address=(source, 0))
+        )
+
+    def knock(self, address: Address, words: bytes = b"", source: str = "") -> tuple[bytes, str]:
+        """Connects, says something, and hears the answer. Who is turned away may be so before connect returns."""
+        try:
+            connection = self.dial(address, source)
+            connection.sendall(words)
+        except (BrokenPipeError, ConnectionResetError):
+            return b"", "ConnectionResetError"
+        return receive_until_broken(connection)
 
     def through(
         self, server: socket.socket, relay: Relay, index: int = 0
@@ -242,6 +259,9 @@ class Tap:
             except OSError:
                 # After a cut one relay's reset must not overtake the FIN that the other one is to see.
                 for end in () if self._has_cut else (source, destination):
+                    with suppress(OSError):
+                        # The other pump may be reading it: a socket is not closed while somebody reads it.
+                        end.shutdown(socket.SHUT_RD)
                     with suppress(OSError):
                         reset(end)
 

@@ -7,11 +7,12 @@ import socket
 import stat
 import subprocess
 import time
+from pathlib import Path
 
 import pytest
 
 from .apps import Applications, Payload, receive_exactly, receive_until_broken, send
-from .gateway import Gateway, RefusedError, eventually, is_running, join
+from .gateway import Gateway, RefusedError, Relay, eventually, is_running, join
 
 
 def test_a_relay_that_is_not_renewed_ends(gateway: Gateway) -> None:
@@ -350,3 +351,25 @@ def test_silent_control_clients_keep_nobody_waiting(gateway: Gateway, apps: Appl
         client.connect(str(relay.socket_path))
     assert relay.status()["state"] == "WAITING_HELLO"
     assert relay.stop()["reason"] == "released"
+
+
+def test_a_relay_keeps_nothing_open_that_its_launcher_had_open(gateway: Gateway) -> None:
+    config = gateway.config("PROD", "tls")
+    reading, writing = os.pipe()
+    try:
+        started = subprocess.run(
+            [str(gateway.binary), "start", "--runtime-dir", str(gateway.directory)],
+            input=json.dumps(config),
+            capture_output=True,
+            text=True,
+            pass_fds=[writing],
+            check=True,
+            timeout=20,
+        )
+        relay = Relay(gateway, config, json.loads(started.stdout))
+        gateway.relays.append(relay)
+        pipe = Path(f"/proc/self/fd/{writing}").readlink()
+        assert pipe not in {link.readlink() for link in Path(f"/proc/{relay.pid}/fd").iterdir()}
+    finally:
+        os.close(reading)
+        os.close(writing)

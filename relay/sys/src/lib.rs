@@ -26,6 +26,15 @@ pub struct TcpInfo {
     pub receiver_limited_us: u64,
     pub send_buffer_limited_us: u64,
     pub notsent_bytes: u32,
+    /// What the kernel takes for the peer's full segment.
+    pub receive_mss_bytes: u32,
+    /// Over the life of the connection, received in order; and in how many segments.
+    pub received_bytes: u64,
+    pub received_segments: u32,
+    /// Since the peer's last acknowledgement of anything.
+    pub last_ack_ms: u32,
+    /// Probes of a closed window that the peer has not answered.
+    pub unanswered_probes: u8,
     /// What the peer is ready to take; None before Linux 5.4.
     pub send_window_bytes: Option<u32>,
     /// The delivery rate was measured while the sender had nothing more to send.
@@ -35,17 +44,22 @@ pub struct TcpInfo {
 /// Offsets in `struct tcp_info` of `linux/tcp.h`. The structure only ever grows at its end, so an offset is good for ever;
 /// an older kernel returns fewer bytes.
 mod at {
+    pub const PROBES: usize = 3;
     pub const FLAGS: usize = 7;
     pub const SND_MSS: usize = 16;
+    pub const RCV_MSS: usize = 20;
     pub const LOST: usize = 32;
+    pub const LAST_ACK_RECV: usize = 56;
     pub const RTT: usize = 68;
     pub const RTTVAR: usize = 72;
     pub const SND_CWND: usize = 80;
     pub const RCV_RTT: usize = 92;
     pub const TOTAL_RETRANS: usize = 100;
     pub const PACING_RATE: usize = 104;
+    pub const BYTES_RECEIVED: usize = 128;
     pub const NOTSENT_BYTES: usize = 144;
     pub const MIN_RTT: usize = 148;
+    pub const DATA_SEGS_IN: usize = 152;
     pub const DELIVERY_RATE: usize = 160;
     pub const BUSY_TIME: usize = 168;
     pub const RWND_LIMITED: usize = 176;
@@ -88,6 +102,11 @@ pub fn tcp_info(socket: impl AsFd) -> io::Result<TcpInfo> {
         receiver_limited_us: long(at::RWND_LIMITED),
         send_buffer_limited_us: long(at::SNDBUF_LIMITED),
         notsent_bytes: word(at::NOTSENT_BYTES),
+        receive_mss_bytes: word(at::RCV_MSS),
+        received_bytes: long(at::BYTES_RECEIVED),
+        received_segments: word(at::DATA_SEGS_IN),
+        last_ack_ms: word(at::LAST_ACK_RECV),
+        unanswered_probes: raw[at::PROBES],
         send_window_bytes: (length as usize >= at::SND_WND + 4).then(|| word(at::SND_WND)),
         delivery_app_limited: raw[at::FLAGS] & 1 == 1,
     })
