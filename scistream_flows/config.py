@@ -52,6 +52,18 @@ def _ip(value: str) -> str:
     return str(address)
 
 
+def _own_path(value: str) -> str:
+    if not value.startswith(("/", "~/")) or not value.isprintable():
+        raise ValueError(f'{value!r} is neither an absolute path nor one that begins with "~/"')
+    return value
+
+
+def _absolute_path(value: str) -> str:
+    if not value.startswith("/") or not value.isprintable():
+        raise ValueError(f"{value!r} is not an absolute path")
+    return value
+
+
 class PortRange(NamedTuple):
     """Ports, both ends included; 0 to 0 lets the kernel choose."""
 
@@ -104,6 +116,8 @@ def _allow_rule(value: object) -> object:
 IP: TypeAlias = Annotated[str, AfterValidator(_ip)]
 Ports: TypeAlias = Annotated[PortRange, BeforeValidator(_port_range)]
 Rules: TypeAlias = list[Annotated[AllowRule, BeforeValidator(_allow_rule)]]
+OwnPath: TypeAlias = Annotated[str, AfterValidator(_own_path)]
+AbsolutePath: TypeAlias = Annotated[str, AfterValidator(_absolute_path)]
 Name: TypeAlias = Annotated[str, Field(pattern=UID_PATTERN)]
 
 
@@ -117,7 +131,7 @@ class GatewayConfig(_Table):
 
     Attributes:
         name: Its name in offers and messages.
-        kind: How it is reached; `local` is this machine.
+        kind: How it is reached; `local` is this machine, `ssh` another one.
         wan_bind: Address at which PROD relays accept from the other facility.
         wan_advertise: The same as the other facility sees it; by default `wan_bind`.
         wan_source: Local address from which CONS relays dial; by default `wan_bind`.
@@ -126,10 +140,19 @@ class GatewayConfig(_Table):
         lan_source: Local address from which PROD relays connect to targets; by default the kernel chooses.
         port_range: Ports for listeners.
         capacity_mbits_per_s: What reservations may add up to per direction; 0 is not counted.
+        host: `ssh`: its host name, or its alias in `~/.ssh/config`.
+        port: `ssh`: before `~/.ssh/config`; else 22.
+        user: `ssh`: before `~/.ssh/config`; else that of this process.
+        identity_file: `ssh`: a private key here. Without it those of `~/.ssh/config`, the agent, and `~/.ssh/id_*`.
+        known_hosts: `ssh`: a file of host keys here, in addition to those of the user and the system.
+        directory: `ssh`: the directory there for the relay's binary and its sockets and logs; by default
+            `$XDG_CACHE_HOME/scistream`, else `~/.cache/scistream`.
+        s2ds: `ssh`: a relay binary installed there; by default the one here is copied.
+        connect_timeout_s: `ssh`: for connecting, attempts and jumps included.
     """
 
     name: Name
-    kind: Literal["local"] = "local"
+    kind: Literal["local", "ssh"] = "local"
     wan_bind: IP
     wan_advertise: IP | None = None
     wan_source: IP | None = None
@@ -138,12 +161,29 @@ class GatewayConfig(_Table):
     lan_source: IP | None = None
     port_range: Ports = PortRange(0, 0)
     capacity_mbits_per_s: Annotated[int, Field(ge=0, le=10_000_000)] = 0
+    host: Annotated[str, Field(pattern=r"^[^\s@/-][^\s@/]*$")] | None = None
+    port: Annotated[int, Field(ge=1, le=65_535)] | None = None
+    user: Annotated[str, Field(pattern=r"^[^\s@:/-][^\s@:/]*$")] | None = None
+    identity_file: OwnPath | None = None
+    known_hosts: OwnPath | None = None
+    directory: OwnPath | None = None
+    s2ds: AbsolutePath | None = None
+    connect_timeout_s: Annotated[int, Field(ge=1, le=120)] | None = None
 
     @model_validator(mode="after")
     def _says_where_it_is(self) -> GatewayConfig:
         for leg in ("wan", "lan"):
             if _anywhere(getattr(self, f"{leg}_bind")) and getattr(self, f"{leg}_advertise") is None:
                 raise ValueError(f"{leg}_advertise: needed, because {leg}_bind takes every address")
+        return self
+
+    @model_validator(mode="after")
+    def _says_how_it_is_reached(self) -> GatewayConfig:
+        if self.kind == "ssh" and self.host is None:
+            raise ValueError('host: needed, because kind is "ssh"')
+        given = next((key for key in _SSH_KEYS if getattr(self, key) is not None), None)
+        if self.kind != "ssh" and given:
+            raise ValueError(f'{given}: only for kind = "ssh", but kind is "{self.kind}"')
         return self
 
     def listen_address(self, role: Role) -> str:
@@ -178,6 +218,18 @@ class GatewayConfig(_Table):
             self.lan_source,
         ]
         return {ipaddress.ip_address(text) for text in texts if text and not _anywhere(text)}
+
+
+_SSH_KEYS = (
+    "host",
+    "port",
+    "user",
+    "identity_file",
+    "known_hosts",
+    "directory",
+    "s2ds",
+    "connect_timeout_s",
+)
 
 
 def _anywhere(text: str) -> bool:
@@ -382,7 +434,9 @@ def _parse(tables: dict[str, Any], where: str, sources: Mapping[str, str]) -> _F
 
 def _in_words(key: str, words: str, where: str, sources: Mapping[str, str]) -> str:
     source = next((variable for prefix, variable in sources.items() if key.startswith(prefix)), where)
-    if words == "Extra inputs are not permitted":
+    if words == "Extra inputs are not permitted" and re.fullmatch(r"gateway\.\d+\.pass(word|phrase)", key):
+        words = "passwords and passphrases are not supported; use a key, the agent or ~/.ssh/config"
+    elif words == "Extra inputs are not permitted":
         words = f"there is no such key; {_allowed_beside(key)}"
     return f"{source}: {key}: {words}"
 

@@ -182,6 +182,16 @@ class GatewayUnreachable(RelayError):
     http_status = 504
 
 
+class HostKeyRejected(GatewayUnreachable):
+    """The host of a gateway could not prove to be the one that is known. Nothing was sent to it.
+
+    `details`: `host`, the `file` of host keys, the `fingerprint` that was offered, and the `command` that adds it.
+    """
+
+    code = "host-key"
+    http_status = 502
+
+
 class FacilityUnreachable(ScistreamError):
     """A facility did not answer: what it did is unknown."""
 

@@ -15,6 +15,7 @@ import socket
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from types import TracebackType
 from typing import Any, Final, Literal, TypeAlias
 
@@ -30,6 +31,7 @@ from scistream_flows.errors import (
     GatewayUnreachable,
     NotFound,
     PolicyDenied,
+    ProtocolMismatch,
     RelayError,
     RelayLost,
     ScistreamError,
@@ -73,6 +75,7 @@ Caller: TypeAlias = str | Sequence[str]
 
 LOCK_TIMEOUT_S: Final = 30.0
 SWEEP_INTERVAL_S: Final = 1.0
+GATEWAY_RETRY_S: Final = 30.0  # so long a gateway that did not answer is not asked, unless it is needed
 
 VERBS: Final = ("request", "hello", "update", "status", "renew", "release", "list")
 
@@ -115,6 +118,9 @@ class S2CS:
         }
         self._swept_at = -SWEEP_INTERVAL_S
         self._sweeping = threading.Lock()
+        self._silent: dict[
+            str, tuple[float, ScistreamError]
+        ] = {}  # gateways that did not answer: when, and why
 
     def __enter__(self) -> S2CS:
         return self
@@ -143,6 +149,7 @@ class S2CS:
         """
         request = read(Request, document)
         key = Key(_caller(owner)[0], request.uid, request.role)
+        began = time.monotonic()
         self._sweep()
         with self._registry.lock(key, timeout_s=LOCK_TIMEOUT_S), self._denials_audited(key):
             existing = self._registry.find(key)
@@ -150,7 +157,7 @@ class S2CS:
                 offer = self._again(existing, request)
                 if offer is not None:
                     return offer
-            return self._open(key, request)
+            return self._open(key, request, began)
 
     def hello(
         self,
@@ -334,14 +341,52 @@ class S2CS:
             for row in stream.relays
         ]
 
-    def _open(self, key: Key, request: Request) -> Offer:
+    def _open(self, key: Key, request: Request, began: float) -> Offer:
         policy.admit(request, self.config)
         onwards = self._onwards(request)
         if request.consumers:
             policy.admit_consumers(request.consumers, self.config)
+        skipped = {name: wrong for name, (at, wrong) in self._silent.items() if at >= began}
+        for name, wrong in skipped.items():
+            self._skip(key, name, wrong)
+        while gateways := self._worth_asking(skipped):
+            facility = self.config.model_copy(update={"gateways": gateways})
+            try:
+                return self._open_on(facility, key, request, onwards)
+            except GatewayUnreachable as wrong:
+                if wrong.which not in [one.name for one in gateways]:
+                    raise
+                self._silent[wrong.which] = (time.monotonic(), wrong)
+                skipped[wrong.which] = wrong
+                self._skip(key, wrong.which, wrong)
+        if len(skipped) == 1:
+            raise next(iter(skipped.values()))
+        raise GatewayUnreachable(
+            f"no gateway of facility {self.config.name} can be used: "
+            + "; ".join(wrong.message for wrong in skipped.values()),
+            which=self.config.name,
+            hint=next(iter(skipped.values())).hint,
+            gateways={name: wrong.message for name, wrong in skipped.items()},
+        )
 
+    def _skip(self, key: Key, gateway: str, wrong: ScistreamError) -> None:
+        log.warning("stream %s (%s): gateway %s is skipped: %s", key.uid, key.role, gateway, wrong.message)
+        self._registry.audit("skip", key, gateway=gateway, message=wrong.message)
+
+    def _worth_asking(self, skipped: Mapping[str, object]) -> Sequence[GatewayConfig]:
+        """The gateways not skipped; of these only such that did not fail lately, as long as there are any."""
+        left = tuple(one for one in self.config.gateways if one.name not in skipped)
+        return tuple(one for one in left if not self._silent_lately(one.name)) or left
+
+    def _silent_lately(self, gateway: str) -> bool:
+        at, _ = self._silent.get(gateway, (None, None))
+        return at is not None and time.monotonic() - at < GATEWAY_RETRY_S
+
+    def _open_on(
+        self, facility: FacilityConfig, key: Key, request: Request, onwards: Mapping[str, Any]
+    ) -> Offer:
         def place(usage: Usage) -> Sequence[RelayRow]:
-            gateway = policy.place(request, self.config, usage)
+            gateway = policy.place(request, facility, usage)
             return [
                 RelayRow(
                     relay_id=secrets.token_hex(16),
@@ -581,7 +626,7 @@ class S2CS:
             self._swept_at = time.monotonic()
             # First what runs, then what is written: each relay was written down before it started, so one that runs
             # and is not written down, or not any more, is nobody's.
-            running = {name: self._running(name) for name in self._gateways}
+            running = self._running_everywhere()
             written = self._registry.relays()
             for name, relays in running.items():
                 for relay_id, alive in (relays or {}).items():
@@ -606,21 +651,33 @@ class S2CS:
             except RelayError as wrong:
                 log.warning("stream %s (%s) left as it is: %s", stream.key.uid, stream.key.role, wrong)
 
+    def _running_everywhere(self) -> Mapping[str, dict[str, bool] | None]:
+        names = list(self._gateways)
+        if len(names) == 1:
+            return {names[0]: self._running(names[0])}
+        with ThreadPoolExecutor(len(names)) as pool:  # one that does not answer keeps the others waiting once
+            return dict(zip(names, pool.map(self._running, names), strict=True))
+
     def _running(self, gateway: str) -> dict[str, bool] | None:
-        try:
-            return {one.relay_id: one.alive for one in self._relays(gateway).list()}
-        except RelayError as wrong:
-            log.warning("gateway %s left out of the comparison: %s", gateway, wrong)
+        if self._silent_lately(gateway):
             return None
+        try:
+            running = {one.relay_id: one.alive for one in self._relays(gateway).list()}
+        except (RelayError, ProtocolMismatch) as wrong:
+            log.warning("gateway %s left out of the comparison: %s", gateway, wrong)
+            self._silent[gateway] = (time.monotonic(), wrong)
+            return None
+        self._silent.pop(gateway, None)
+        return running
 
     def _clear_away(self, gateway: str, relay_id: str, *, alive: bool) -> None:
-        relays = self._relays(gateway)
         try:
+            relays = self._relays(gateway)
             if alive:
                 relays.stop(relay_id, reason="admin")
                 log.warning("stopped relay %s on gateway %s: no stream has it", relay_id, gateway)
             relays.forget(relay_id)
-        except (RelayError, NotFound) as wrong:
+        except (RelayError, NotFound, ProtocolMismatch) as wrong:
             log.debug("relay %s on gateway %s: %s", relay_id, gateway, wrong)
 
     def _settled(self, stream: StreamRow) -> StreamRow:

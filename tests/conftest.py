@@ -21,8 +21,8 @@ from scistream_flows.s2cs import S2CS
 
 
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
-    # Whoever runs the tests in the background may have set this, and programs started here would inherit it: the tests of
-    # Ctrl-C want what a terminal gives.
+    # Whoever runs the tests in the background may have set this, and programs started here would inherit it:
+    # the tests of Ctrl-C want what a terminal gives.
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 

@@ -105,7 +105,7 @@ def test_the_environment_wins_over_the_file_and_an_argument_over_both(load: Load
         (SMALLEST + 'port_range = "5200-5100"', "gateway.0.port_range", "not a range such as"),
         (SMALLEST + 'port_range = "1-65536"', "gateway.0.port_range", "1 to 65535"),
         (SMALLEST + "port_range = [1, 2]", "gateway.0.port_range", "give a text such as"),
-        (SMALLEST + 'kind = "ssh"', "gateway.0.kind", "'local'"),
+        (SMALLEST + 'kind = "rsh"', "gateway.0.kind", "'local' or 'ssh'"),
         (SMALLEST + 'colour = "red"', "gateway.0.colour", "allowed are name, kind, wan_bind"),
         (SMALLEST + "capacity_mbits_per_s = -1", "gateway.0.capacity_mbits_per_s", "greater than or equal to 0"),
         (SMALLEST.replace('"192.0.2.10"', '"0.0.0.0"'), "gateway.0.wan_advertise", "wan_bind takes every address"),
