@@ -19,7 +19,6 @@ from scistream_flows.config import load_facility
 from scistream_flows.models import split_address
 from scistream_flows.s2cs import S2CS
 
-
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     # Whoever runs the tests in the background may have set this, and programs started here would inherit it:
     # the tests of Ctrl-C want what a terminal gives.

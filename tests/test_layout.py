@@ -1,0 +1,55 @@
+"""The folders are the architecture: imports point one way, along the life of a stream."""
+
+import ast
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+PACKAGE = ROOT / "scistream_flows"
+# A module imports only those before it.
+LIFE = (
+    "errors",
+    "models",
+    "config",
+    "policy",
+    "registry",
+    "relay",
+    "ssh",
+    "gateway",
+    "s2cs",
+    "facility",
+    "stream",
+)
+
+
+def imported(path: Path) -> set[str]:
+    """The modules of the package that a file imports, wherever in the file."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom) and node.module:
+            names = [node.module, *(f"{node.module}.{name.name}" for name in node.names)]
+        elif isinstance(node, ast.Import):
+            names = [name.name for name in node.names]
+        else:
+            continue
+        found |= {name.split(".")[1] for name in names if name.startswith("scistream_flows.")}
+    return found
+
+
+def test_every_module_has_its_place_in_the_life_of_a_stream() -> None:
+    assert {path.stem for path in PACKAGE.glob("*.py")} == {*LIFE, "__init__"}
+
+
+def test_a_module_imports_only_those_before_it() -> None:
+    for place, name in enumerate(LIFE):
+        later = (imported(PACKAGE / f"{name}.py") & set(LIFE)) - set(LIFE[:place]) - {name}
+        assert not later, f"{name} imports {', '.join(sorted(later))}, which come later"
+
+
+def test_nothing_in_the_package_imports_the_actions() -> None:
+    for path in PACKAGE.glob("*.py"):
+        assert "actions" not in imported(path), path.name
+
+
+def test_unsafe_code_is_in_one_small_crate() -> None:
+    assert 'unsafe_code = "forbid"' in (ROOT / "relay" / "Cargo.toml").read_text()
+    assert len((ROOT / "relay" / "sys" / "src" / "lib.rs").read_text().splitlines()) < 200
