@@ -13,7 +13,7 @@ use crate::config::{Mode, Probe};
 use crate::errno;
 use crate::listen::Active;
 use crate::preamble::{ANSWER_BYTES, Answer, Kind, Request, Verdict};
-use crate::relay::{Closing, Dial, NO_PEERS, ProbeResult, Relay};
+use crate::relay::{Books, Closing, Dial, NO_PEERS, ProbeResult, Relay};
 use crate::socket::{close_in_order, connect, read_exact, shutdown_write, write_all};
 use crate::tls::{HandshakeError, Session};
 
@@ -25,6 +25,7 @@ const PAUSE_GROWTH: f64 = 1.6;
 /// Serves one LAN connection to its end. What cannot be carried is reset, as a direct connection would be refused.
 pub async fn serve(relay: Arc<Relay>, active: Active, lan: TcpStream, source: SocketAddr) {
     let connection = relay.open(active.listener(), source);
+    let _books = Books(&relay, &connection);
     let Some(dial) = relay.dial(active.listener().index) else {
         relay.refuse(active.listener(), NO_PEERS, source.ip());
         return relay.close(&connection, None);

@@ -14,7 +14,7 @@ use crate::config::{Mode, Probe};
 use crate::errno;
 use crate::listen::{Active, Ticket};
 use crate::preamble::{Answer, Kind, MAGIC, REQUEST_BYTES, Request, Verdict};
-use crate::relay::{Closing, Listener, ProbeResult, Relay};
+use crate::relay::{Books, Closing, Listener, ProbeResult, Relay};
 use crate::socket::{close_in_order, connect, has_failed, read_exact, shutdown_write, write_all};
 use crate::tls::{HandshakeError, Session};
 
@@ -48,14 +48,14 @@ pub async fn serve(
             return wan.refuse(verdict).await;
         }
     };
-    if relay.config.mode.proves_keys() && request.lease_s > 0 {
-        relay.renew_from_peer(request.lease_s);
-    }
     if request.mode != relay.config.mode {
         return wan.refuse(Verdict::Protocol).await;
     }
     if request.relay_id != relay.config.relay_id || request.listener != listener.index {
         return wan.refuse(Verdict::Denied).await;
+    }
+    if relay.config.mode.proves_keys() && request.lease_s > 0 {
+        relay.renew_from_peer(request.lease_s);
     }
     let Some(target) = relay.target(listener.index) else {
         return wan.refuse(Verdict::NotReady).await;
@@ -83,6 +83,10 @@ async fn greet(
     let mut admitted = true;
     let session = if relay.config.mode == Mode::None {
         read_exact(stream, &mut message).await.map_err(|_| "preamble")?;
+        // An update may have come while it was silent.
+        if !relay.has_peers() || !relay.admits_source(source.ip()) {
+            return Err("source");
+        }
         None
     } else {
         let cause = |error| match error {
@@ -92,9 +96,9 @@ async fn greet(
         let config = relay.server_config();
         let mut session = Session::server(config).map_err(|error| cause(HandshakeError::Tls(error)))?;
         session.handshake(stream).await.map_err(cause)?;
+        session.read_exact(stream, &mut message).await.map_err(cause)?;
         // The handshake admits any current peer's key; this one must also come from where its owner said.
         admitted = session.peer_key().is_some_and(|key| relay.admits_peer(key, source.ip()));
-        session.read_exact(stream, &mut message).await.map_err(cause)?;
         Some(session)
     };
     if !message.starts_with(MAGIC) {
@@ -133,6 +137,7 @@ async fn serve_data(mut wan: Wan<'_>, listener: Arc<Listener>, source: SocketAdd
     }
     let active = Active::enter(listener);
     let connection = relay.open(active.listener(), source);
+    let _books = Books(relay, &connection);
     let lan = match first_or_fresh(relay, target).await {
         Ok(lan) => lan,
         Err(error) => {

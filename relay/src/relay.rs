@@ -405,9 +405,15 @@ impl Relay {
         live.total += 1;
         live.hello_end = None;
         let first = live.total == 1;
+        let rate = live.rate_mbits_per_s;
+        let share = rate.saturating_mul(125_000) / live.connections.len().max(1) as u64;
         drop(live);
+        if let Some(legs) = connection.legs().filter(|_| rate > 0) {
+            // Until the next division.
+            let _ = s2ds_sys::set_max_pacing_rate(&*legs.wan, share);
+        }
         self.events.emit("open", connection.describe());
-        if first {
+        if first || rate > 0 {
             self.wake.notify_one();
         }
     }
@@ -558,12 +564,15 @@ impl Relay {
             });
             if live.proof == Some(Probe::Target) {
                 live.proof = None;
-                live.hello_end = Some(Instant::now() + Duration::from_secs_f64(self.config.hello_timeout_s));
+                // Who has streamed is not ended for a path that is not ready yet.
+                live.hello_end = (live.total == 0)
+                    .then(|| Instant::now() + Duration::from_secs_f64(self.config.hello_timeout_s));
             }
         }
         if let Some(peers) = changes.peers {
             if self.config.role == Role::Cons && live.proof.take().is_some() {
-                live.hello_end = Some(Instant::now() + Duration::from_secs_f64(self.config.hello_timeout_s));
+                live.hello_end = (live.total == 0)
+                    .then(|| Instant::now() + Duration::from_secs_f64(self.config.hello_timeout_s));
             }
             *self.admitted.write().unwrap_or_else(|poisoned| poisoned.into_inner()) =
                 peers.iter().map(|peer| peer.public_key).collect();
@@ -654,7 +663,7 @@ impl Relay {
             }
         } else if live.hello_end.is_some_and(|end| now >= end) {
             let (reason, message) = live.why_not_ready(self.config.role);
-            Some((reason, Some(message), false))
+            Some((reason, Some(message), active()))
         } else if self.config.until == crate::config::Until::Closed && self.has_closed(&live, now) {
             match &live.first_abort {
                 Some((reason, text)) => Some((*reason, Some(text.clone()), false)),
@@ -681,7 +690,8 @@ impl Relay {
         let live = self.live();
         let closing = live
             .last_close
-            .filter(|_| live.connections.is_empty())
+            .filter(|_| self.config.until == crate::config::Until::Closed && live.connections.is_empty())
+            .filter(|_| live.carried.to_consumer + live.carried.to_producer > 0)
             .map(|at| at + Duration::from_secs_f64(self.config.linger_s));
         [Some(self.lifetime_end()), Some(live.lease_end), live.hello_end, live.drain_end, closing]
             .into_iter()
@@ -857,6 +867,17 @@ pub struct Dial {
     pub public_key: PublicKey,
     pub index: u16,
     pub address: SocketAddr,
+}
+
+/// Closes the books of a connection whose task ends without having done so: it has panicked.
+pub struct Books<'a>(pub &'a Relay, pub &'a Connection);
+
+impl Drop for Books<'_> {
+    fn drop(&mut self) {
+        self.1.disconnected();
+        let text = Some("internal error".into());
+        self.0.close(self.1, Some(Closing { reason: "peer", abort: Some(Reason::RelayLost), text }));
+    }
 }
 
 /// How a data connection ended.

@@ -128,21 +128,36 @@ impl Cargo {
     fn load(source: &TcpStream, flow: &Flow) -> io::Result<Option<(Cargo, usize)>> {
         if flow.may_splice() {
             if let Some(pipe) = take_pipe() {
-                match source.try_io(Interest::READABLE, || splice_in(source, &pipe)) {
-                    Ok(0) => {
+                let mut copied = None;
+                // splice stops in front of an urgent byte, as if there were nothing, or the end, behind it: only recv knows.
+                let moved = source.try_io(Interest::READABLE, || match splice_in(source, &pipe) {
+                    Ok(0) => copy_in(source, &mut copied),
+                    Err(error) if error.kind() == io::ErrorKind::WouldBlock => copy_in(source, &mut copied),
+                    answer => answer,
+                });
+                match (moved, copied) {
+                    (Ok(0), _) => {
                         give_pipe(pipe);
                         return Ok(None);
                     }
-                    Ok(length) => {
+                    (Ok(length), Some(buffer)) => {
+                        give_pipe(pipe);
+                        // A byte that came after the splice and before the recv travels like this too; that is no other path.
+                        if flow.path() == Path::Unused {
+                            flow.took(Path::Copy, 0);
+                        }
+                        return Ok(Some((Cargo::Buffer(buffer, 0), length)));
+                    }
+                    (Ok(length), None) => {
                         flow.took(Path::Splice, pipe.granted_bytes);
                         return Ok(Some((Cargo::Pipe(pipe), length)));
                     }
                     // Only before a byte has moved: afterwards it is an error like any other.
-                    Err(error) if is_unsupported(&error) && !flow.has_moved() => {
+                    (Err(error), _) if is_unsupported(&error) && !flow.has_moved() => {
                         give_pipe(pipe);
                         flow.forbid_splice();
                     }
-                    Err(error) => {
+                    (Err(error), _) => {
                         give_pipe(pipe);
                         return Err(error);
                     }
@@ -193,6 +208,22 @@ impl Cargo {
 /// Never SPLICE_F_MORE: it holds a small message back for 200 ms.
 fn splice_in(source: &TcpStream, pipe: &Pipe) -> io::Result<usize> {
     retry_interrupted(|| splice(source, None, &pipe.write, None, PIPE_BYTES, SpliceFlags::NONBLOCK))
+}
+
+/// One plain read; the bytes are in `copied` then.
+fn copy_in(source: &TcpStream, copied: &mut Option<Vec<u8>>) -> io::Result<usize> {
+    let mut buffer = take_buffer();
+    match rustix::net::recv(source, &mut buffer[..], rustix::net::RecvFlags::DONTWAIT) {
+        Ok((length, _)) if length > 0 => {
+            buffer.truncate(length);
+            *copied = Some(buffer);
+            Ok(length)
+        }
+        answer => {
+            give_buffer(buffer);
+            Ok(answer?.0)
+        }
+    }
 }
 
 fn splice_out(pipe: &Pipe, destination: &TcpStream, left: usize) -> io::Result<usize> {

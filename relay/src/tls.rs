@@ -155,6 +155,13 @@ impl Session {
                 Seen::PeerClosed => self.peer_closed = true,
                 Seen::Blocked(standing) => {
                     self.standing = standing;
+                    if standing == Standing::Open
+                        && !self.peer_closed
+                        && starts_with_record(&incoming[done..])
+                    {
+                        // Part of a handshake message: rustls would want to find it there at each later call.
+                        return Err(rustls::Error::General("a handshake message in fragments".into()));
+                    }
                     return Ok(done);
                 }
                 Seen::Failed(error) => {
@@ -288,6 +295,11 @@ impl Session {
         self.outgoing.sent(self.outgoing.pending().len());
         Ok(())
     }
+}
+
+fn starts_with_record(bytes: &[u8]) -> bool {
+    bytes.len() >= HEADER_BYTES
+        && bytes.len() - HEADER_BYTES >= usize::from(u16::from_be_bytes([bytes[3], bytes[4]]))
 }
 
 enum Traffic<'c> {
