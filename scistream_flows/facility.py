@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import contextvars
 import json
 import re
+import signal
+import threading
+from collections.abc import Callable
+from concurrent.futures import Future
 from types import TracebackType
 from typing import Any, Protocol, TypeVar
 
@@ -28,6 +33,7 @@ from scistream_flows.models import (
 from scistream_flows.s2cs import S2CS
 
 A = TypeVar("A", bound=BaseModel)
+T = TypeVar("T")
 
 
 class Facility(Protocol):
@@ -126,8 +132,39 @@ class LocalFacility:
         self.close()
 
     def _ask(self, verb: str, document: BaseModel, answer: type[A]) -> A:
-        text = json.dumps(self._service.answer(verb, document.model_dump_json()))
+        asked = document.model_dump_json()
+        text = json.dumps(_uninterrupted(lambda: self._service.answer(verb, asked)))
         return _understood(json.loads(text), answer, self.name)
+
+
+def _uninterrupted(call: Callable[[], T]) -> T:
+    """What `call` answers. Ctrl-C is raised here after it has come to its end, not in the middle of it.
+
+    Python raises KeyboardInterrupt in the main thread only, between any two steps: also right after a transaction has
+    begun, or a relay has started, and before anything could remember that. So the main thread lets another one do it.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        return call()
+    outcome: Future[T] = Future()
+    context = contextvars.copy_context()
+
+    def run() -> None:
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)  # programs started from here take it over
+        try:
+            outcome.set_result(context.run(call))
+        except BaseException as wrong:  # noqa: BLE001 - raised again where it is waited for
+            outcome.set_exception(wrong)
+
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])
+    thread = threading.Thread(target=run, name="verb")
+    try:
+        thread.start()
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+        return outcome.result()
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+        if thread.ident is not None:
+            thread.join()
 
 
 def connect_facility(address: str) -> Facility:

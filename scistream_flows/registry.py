@@ -286,13 +286,14 @@ class Registry:
         with self._mutex:
             try:
                 db = self._open()
-                db.execute("BEGIN IMMEDIATE")
                 try:
+                    db.execute("BEGIN IMMEDIATE")
                     yield db
+                    db.commit()
                 except BaseException:
-                    db.rollback()
+                    if db.in_transaction:
+                        db.rollback()
                     raise
-                db.commit()
             except sqlite3.Error as wrong:
                 raise _unusable(self.state_dir, wrong) from wrong
 
