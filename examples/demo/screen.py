@@ -53,7 +53,7 @@ class Watch:
         )
         bar = Table.grid(padding=(0, 2))
         bar.add_row(
-            ProgressBar(total=1, completed=done, width=30, complete_style=colour, finished_style=colour),
+            ProgressBar(total=1, completed=done, width=18, complete_style=colour, finished_style=colour),
             f"{received_bytes / 1e9:6.2f} GB",
             f"[bold]{gbit_per_s:5.1f} Gbit/s[/bold]",
             f"limited by: [bold]{self.limiting}[/bold]",
