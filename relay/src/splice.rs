@@ -16,7 +16,7 @@ use crate::socket::{close_in_order, shutdown_write};
 
 /// A source that has been reset may still have bytes on their way to a reader that reads; a reader that takes nothing for this
 /// long will not miss them.
-const FLUSH: Duration = Duration::from_secs(5);
+pub const FLUSH: Duration = Duration::from_secs(5);
 
 /// How often a busy direction moves bytes before the other connections of its thread get a turn: a few MiB. Fewer cost CPU for
 /// each byte, more let a ping beside a bulk transfer wait.

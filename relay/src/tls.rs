@@ -14,9 +14,9 @@ use tokio::net::TcpStream;
 use crate::key::PublicKey;
 use crate::socket::{read_exact, write_all};
 
-const HEADER_BYTES: usize = 5;
-/// RFC 8446, 5.2: the longest record on the wire.
-const LONGEST_RECORD_BYTES: usize = 16384 + 256;
+pub const HEADER_BYTES: usize = 5;
+/// RFC 8446, 5.2: the longest record on the wire, without its header.
+pub const LONGEST_RECORD_BYTES: usize = 16384 + 256;
 /// Content type, padding, tag and header, generously, for each 16 KiB record.
 const RECORD_OVERHEAD_BYTES: usize = 64;
 

@@ -2,7 +2,6 @@
 //! one task because they share the session.
 
 use std::io;
-use std::time::Duration;
 
 use tokio::io::{Interest, Ready};
 use tokio::net::TcpStream;
@@ -10,15 +9,13 @@ use tokio::net::TcpStream;
 use crate::connection::{Connection, Flow, Leg, LegError, Path, Wait, Waiting};
 use crate::pipe::{give_buffer, take_buffer};
 use crate::socket::{close_in_order, shutdown_write};
-use crate::tls::Session;
+use crate::splice::FLUSH;
+use crate::tls::{HEADER_BYTES, LONGEST_RECORD_BYTES, Session};
 
-/// As in `splice`: how long a reader that takes nothing is waited for after the other side was reset.
-const FLUSH: Duration = Duration::from_secs(5);
 /// One round of either direction. Large enough to fill a send call, small enough to stay in the cache.
 const CHUNK_BYTES: usize = 128 << 10;
 /// As in `splice`; a round is smaller here, and dearer.
 const ROUNDS_A_TURN: u64 = 8;
-const LONGEST_RECORD_BYTES: usize = 5 + 16384 + 256;
 
 /// Relays until both sides have ended in order (FIN on the LAN, close_notify on the WAN) or the first error. A WAN that ends
 /// without close_notify was cut, and counts as reset.
@@ -132,7 +129,7 @@ impl Pump {
         if self.inbox.length == 0 {
             give_buffer(buffer);
         } else {
-            debug_assert!(self.inbox.length < LONGEST_RECORD_BYTES);
+            debug_assert!(self.inbox.length < HEADER_BYTES + LONGEST_RECORD_BYTES);
             self.inbox.buffer = Some(buffer);
         }
         progress

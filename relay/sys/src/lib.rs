@@ -37,15 +37,12 @@ pub struct TcpInfo {
     pub unanswered_probes: u8,
     /// What the peer is ready to take; None before Linux 5.4.
     pub send_window_bytes: Option<u32>,
-    /// The delivery rate was measured while the sender had nothing more to send.
-    pub delivery_app_limited: bool,
 }
 
 /// Offsets in `struct tcp_info` of `linux/tcp.h`. The structure only ever grows at its end, so an offset is good for ever;
 /// an older kernel returns fewer bytes.
 mod at {
     pub const PROBES: usize = 3;
-    pub const FLAGS: usize = 7;
     pub const SND_MSS: usize = 16;
     pub const RCV_MSS: usize = 20;
     pub const LOST: usize = 32;
@@ -108,7 +105,6 @@ pub fn tcp_info(socket: impl AsFd) -> io::Result<TcpInfo> {
         last_ack_ms: word(at::LAST_ACK_RECV),
         unanswered_probes: raw[at::PROBES],
         send_window_bytes: (length as usize >= at::SND_WND + 4).then(|| word(at::SND_WND)),
-        delivery_app_limited: raw[at::FLAGS] & 1 == 1,
     })
 }
 
