@@ -13,7 +13,7 @@ from .apps import (
     receive_until_broken,
     send_and_end,
 )
-from .gateway import Gateway, eventually, join
+from .gateway import Gateway, Relay, eventually, join
 
 KIND_DATA = 1
 MODE_NONE = 3
@@ -76,3 +76,36 @@ def test_an_update_does_not_end_a_stream_that_flows(gateway: Gateway, apps: Appl
     asked = pair.prod.status()["uptime_s"]
     eventually(lambda: pair.prod.status()["uptime_s"] > asked + 1, every_s=0.1)
     apps.exchange(consumer, producer, Payload(1, 300_000), Payload(2, 300_000))
+
+
+def test_new_peers_do_not_end_a_stream_that_flows(gateway: Gateway, apps: Applications) -> None:
+    server = apps.listen()
+    pair = gateway.pair("tls", [server.getsockname()], cons={"hello_timeout_s": 0.5})
+    consumer, producer = apps.established(server, pair.cons)
+    vanished = gateway.start(gateway.config("PROD", "tls", targets=[join(server.getsockname())]))
+    pair.cons.update(peers=[gateway.peer_of(vanished)])
+    vanished.stop()
+    asked = pair.cons.status()["uptime_s"]
+    eventually(lambda: pair.cons.status()["uptime_s"] > asked + 1, every_s=0.1)
+    apps.exchange(consumer, producer, Payload(1, 300_000), Payload(2, 300_000))
+
+
+def probed_s(relay: Relay) -> float:
+    """When the last probe ended, in seconds of the relay's life."""
+    status = relay.status()
+    return float(status["uptime_s"] - status["last_probe"]["age_s"])
+
+
+def test_a_refused_request_renews_no_lease(gateway: Gateway, apps: Applications, proven_mode: str) -> None:
+    """Its sender has proven its key, but asks for a relay that this one is not."""
+    server = apps.listen()
+    settings = {"targets": [join(server.getsockname())], "lease_s": 30}
+    prod = gateway.start(gateway.config("PROD", proven_mode, **settings))
+    stranger = {**gateway.peer_of(prod), "relay_id": secrets.token_hex(16)}
+    cons = gateway.start(gateway.config("CONS", proven_mode, peers=[stranger], lease_s=3000))
+    gateway.introduce(prod, cons)
+    eventually(lambda: (cons.status()["last_probe"] or {}).get("result") == "denied")
+    cons.renew(3000)
+    asked = cons.status()["uptime_s"]
+    eventually(lambda: probed_s(cons) > asked)
+    assert prod.status()["lease_remaining_s"] <= 30
