@@ -2,20 +2,30 @@
 
 from __future__ import annotations
 
+import contextlib
 import contextvars
 import json
 import re
 import signal
 import threading
+from abc import ABC, abstractmethod
 from collections.abc import Callable
-from concurrent.futures import Future
+from concurrent.futures import Executor, Future
+from concurrent.futures import TimeoutError as FutureTimeout  # one of its own before Python 3.11
 from types import TracebackType
-from typing import Any, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 from pydantic import BaseModel
 
+from scistream_flows import functions
 from scistream_flows.config import load_facility
-from scistream_flows.errors import BadRequest, FacilityUnreachable, NotSupported, error_from_document
+from scistream_flows.errors import (
+    BadRequest,
+    FacilityUnreachable,
+    NotSupported,
+    ScistreamError,
+    error_from_document,
+)
 from scistream_flows.models import (
     Hello,
     Listing,
@@ -31,6 +41,9 @@ from scistream_flows.models import (
     read,
 )
 from scistream_flows.s2cs import S2CS
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 A = TypeVar("A", bound=BaseModel)
 T = TypeVar("T")
@@ -77,19 +90,21 @@ class Facility(Protocol):
         ...
 
 
-class LocalFacility:
-    """A facility on this machine, its service in this process.
-
-    Documents and errors pass through JSON text, as they would to a facility far away.
-    """
-
-    def __init__(self, service: S2CS) -> None:
-        self._service = service
+class _Verbs(ABC):
+    """The verbs, as questions and answers in JSON: what differs is only how they travel."""
 
     @property
+    @abstractmethod
     def name(self) -> str:
         """How it is addressed."""
-        return f"local:{self._service.config.name}"
+
+    @abstractmethod
+    def close(self) -> None:
+        """Give back the connection. Streams live on."""
+
+    @abstractmethod
+    def _answer(self, verb: str, document: str) -> dict[str, Any]:
+        """The answer to a document, which is JSON text."""
 
     def request(self, document: Request) -> Offer:
         """Open one side of a stream."""
@@ -119,11 +134,7 @@ class LocalFacility:
         """See the caller's streams."""
         return self._ask("list", document or ListQuery(), Listing)
 
-    def close(self) -> None:
-        """Close the service's files. Streams live on."""
-        self._service.close()
-
-    def __enter__(self) -> LocalFacility:
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(
@@ -132,9 +143,86 @@ class LocalFacility:
         self.close()
 
     def _ask(self, verb: str, document: BaseModel, answer: type[A]) -> A:
-        asked = document.model_dump_json()
-        text = json.dumps(_uninterrupted(lambda: self._service.answer(verb, asked)))
-        return _understood(json.loads(text), answer, self.name)
+        return _understood(self._answer(verb, document.model_dump_json()), answer, self.name)
+
+
+class LocalFacility(_Verbs):
+    """A facility on this machine, its service in this process.
+
+    Documents and errors pass through JSON text, as they would to a facility far away.
+    """
+
+    def __init__(self, service: S2CS) -> None:
+        self._service = service
+
+    @property
+    def name(self) -> str:
+        """How it is addressed."""
+        return f"local:{self._service.config.name}"
+
+    def close(self) -> None:
+        """Close the service's files. Streams live on."""
+        self._service.close()
+
+    def _answer(self, verb: str, document: str) -> dict[str, Any]:
+        said: dict[str, Any] = json.loads(
+            json.dumps(_uninterrupted(lambda: self._service.answer(verb, document)))
+        )
+        return said
+
+
+class ExecutorFacility(_Verbs):
+    """A facility whose verbs run where an executor runs functions: a process pool, Parsl, Dask, Globus Compute.
+
+    The workers need this package and the facility's configuration, and run on a machine that may start its relays.
+
+    Args:
+        executor: Any `concurrent.futures.Executor`. It is not shut down here.
+        facility: The facility's name, where the workers are.
+        deadline_s: For each verb, from its submission on; a worker may have to start first.
+    """
+
+    def __init__(self, executor: Executor, *, facility: str, deadline_s: float = 120.0) -> None:
+        self._executor = executor
+        self._facility = facility
+        self._deadline_s = deadline_s
+
+    @property
+    def name(self) -> str:
+        """How it is addressed."""
+        return f"{type(self._executor).__name__}:{self._facility}"
+
+    def close(self) -> None:
+        """The executor stays open: it belongs to who made it."""
+
+    def _answer(self, verb: str, document: str) -> dict[str, Any]:
+        question = {"verb": verb, "facility": self._facility, "document": json.loads(document)}
+        try:
+            future = self._executor.submit(functions.call, question)
+        except RuntimeError as wrong:  # it is shut down
+            raise FacilityUnreachable(f"{self.name} takes no work: {wrong}", which=self.name) from wrong
+        try:
+            said = json.loads(json.dumps(future.result(self._deadline_s)))
+        except ScistreamError:
+            raise
+        except FutureTimeout:
+            raise FacilityUnreachable(
+                f"{self.name} has not answered {verb} within {self._deadline_s:g} s",
+                which=self.name,
+                hint="See whether its workers run; what it did is unknown, and ends by its lease",
+            ) from None
+        except Exception as wrong:
+            raise FacilityUnreachable(
+                f"{self.name} could not run {verb}: {type(wrong).__name__}: {wrong}",
+                which=self.name,
+                hint="See that scistream-flows is installed where its workers run",
+            ) from wrong
+        finally:
+            with contextlib.suppress(NotImplementedError):  # Parsl's
+                future.cancel()  # nobody waits any more: what has not begun need not
+        if not isinstance(said, dict):
+            raise FacilityUnreachable(f"{self.name} answered {verb} with no document", which=self.name)
+        return said
 
 
 def _uninterrupted(call: Callable[[], T]) -> T:

@@ -16,8 +16,10 @@ LIFE = (
     "ssh",
     "gateway",
     "s2cs",
+    "functions",
     "facility",
     "stream",
+    "doctor",
 )
 
 
