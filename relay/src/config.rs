@@ -53,10 +53,47 @@ pub enum Until {
 #[derive(Clone, Debug, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Listen {
-    pub address: IpAddr,
+    address: Option<IpAddr>,
+    addresses: Option<Vec<IpAddr>>,
     pub first_port: u16,
     pub last_port: u16,
     pub indices: Vec<u16>,
+}
+
+impl Listen {
+    /// Where each listener listens: one address, or one of each IP version.
+    pub fn addresses(&self) -> &[IpAddr] {
+        self.addresses.as_deref().unwrap_or(self.address.as_slice())
+    }
+
+    fn check(&self) -> Result<(), String> {
+        if self.address.is_some() == self.addresses.is_some() {
+            return Err("listen: exactly one of address and addresses must be given".into());
+        }
+        match self.addresses() {
+            [_] => {}
+            [first, second] if first.is_ipv4() != second.is_ipv4() => {}
+            others => {
+                let listed = others.iter().map(IpAddr::to_string).collect::<Vec<_>>().join(", ");
+                return Err(format!(
+                    "listen.addresses: [{listed}], one address or one of each IP version is allowed"
+                ));
+            }
+        }
+        if !(1..=256).contains(&self.indices.len()) {
+            return Err(format!("listen.indices: {} entries, 1 to 256 are allowed", self.indices.len()));
+        }
+        if self.indices.iter().collect::<BTreeSet<_>>().len() != self.indices.len() {
+            return Err("listen.indices: an index stands twice".into());
+        }
+        if self.first_port > self.last_port || (self.first_port == 0) != (self.last_port == 0) {
+            return Err(format!(
+                "listen: ports {}..{}: first_port <= last_port, or both 0 to let the kernel choose",
+                self.first_port, self.last_port
+            ));
+        }
+        Ok(())
+    }
 }
 
 /// The far relay. PROD gets key and sources of the CONS relays it admits; CONS gets key, id and listeners of the PROD relays
@@ -256,19 +293,7 @@ impl Config {
     }
 
     fn check(&self) -> Result<(), String> {
-        let listen = &self.listen;
-        if !(1..=256).contains(&listen.indices.len()) {
-            return Err(format!("listen.indices: {} entries, 1 to 256 are allowed", listen.indices.len()));
-        }
-        if listen.indices.iter().collect::<BTreeSet<_>>().len() != listen.indices.len() {
-            return Err("listen.indices: an index stands twice".into());
-        }
-        if listen.first_port > listen.last_port || (listen.first_port == 0) != (listen.last_port == 0) {
-            return Err(format!(
-                "listen: ports {}..{}: first_port <= last_port, or both 0 to let the kernel choose",
-                listen.first_port, listen.last_port
-            ));
-        }
+        self.listen.check()?;
         if !(1..=65536).contains(&self.max_connections) {
             return Err(format!("max_connections: {}, 1 to 65536 is allowed", self.max_connections));
         }
@@ -425,6 +450,28 @@ mod tests {
             let message = refusal(|document| document[field] = value.clone());
             assert!(message.contains(said), "{field}: {message}");
         }
+    }
+
+    #[test]
+    fn a_listener_has_one_address_or_one_of_each_ip_version() {
+        let listening = |addresses: serde_json::Value| {
+            let mut document = document();
+            document["listen"]["address"] = serde_json::Value::Null;
+            document["listen"]["addresses"] = addresses;
+            Config::parse(document.to_string().as_bytes()).map(|config| config.listen.addresses().len())
+        };
+        assert_eq!(listening(serde_json::json!(["127.0.0.1"])), Ok(1));
+        assert_eq!(listening(serde_json::json!(["::1", "127.0.0.1"])), Ok(2));
+        for wrong in [
+            serde_json::json!([]),
+            serde_json::json!(["127.0.0.1", "127.0.0.2"]),
+            serde_json::json!(["::1", "127.0.0.1", "::2"]),
+        ] {
+            assert!(listening(wrong).unwrap_err().contains("one of each IP version"));
+        }
+        assert!(listening(serde_json::Value::Null).unwrap_err().contains("exactly one of"));
+        let message = refusal(|document| document["listen"]["addresses"] = serde_json::json!(["::1"]));
+        assert!(message.contains("exactly one of address and addresses"), "{message}");
     }
 
     #[test]

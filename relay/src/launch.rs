@@ -9,6 +9,7 @@ use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use serde_json::json;
 
 use crate::config::Config;
+use crate::errno;
 use crate::events;
 use crate::runtime_dir::RuntimeDir;
 
@@ -17,22 +18,25 @@ const READY_TIMEOUT: Duration = Duration::from_secs(20);
 /// Starts this same binary as `run --detached` with its events in the log file, and relays its first word. Because we return
 /// at once, the relay's parent is init: it survives the worker, engine or SSH session that called us.
 pub fn start(configuration: &[u8], directory: &Path) -> ExitCode {
-    let failed = |exit: u8, code: &str, message: String| {
+    let failed = |exit: u8, code: &str, errno: Option<String>, message: String| {
         eprintln!("s2ds: {message}");
-        print!("{}", events::line("failed", json!({"code": code, "errno": null, "message": message})));
+        print!("{}", events::line("failed", json!({"code": code, "errno": errno, "message": message})));
         ExitCode::from(exit)
     };
     let config = match Config::parse(configuration) {
         Ok(config) => config,
-        Err(message) => return failed(64, "bad-config", message),
+        Err(message) => return failed(64, "bad-config", None, message),
     };
     let dir = match RuntimeDir::enter(directory) {
         Ok(dir) => dir,
-        Err(message) => return failed(1, "io", message),
+        Err(message) => return failed(1, "io", None, message),
     };
     let log = match dir.create_log(&config.relay_id) {
         Ok(log) => log,
-        Err(error) => return failed(1, "io", format!("event log of relay {}: {error}", config.relay_id)),
+        Err(error) => {
+            let message = format!("event log of relay {}: {error}", config.relay_id);
+            return failed(1, "io", Some(errno::of(&error)), message);
+        }
     };
     // What our caller left open would stay open as long as the relay lives: its pipe would never end. Before Linux 5.11 the
     // call is missing, and callers that close what they own (Python does) are still served.
@@ -49,7 +53,7 @@ pub fn start(configuration: &[u8], directory: &Path) -> ExitCode {
         Ok(child) => child,
         Err(error) => {
             let _ = std::fs::remove_file(dir.log(&config.relay_id));
-            return failed(1, "io", format!("cannot start the relay: {error}"));
+            return failed(1, "io", Some(errno::of(&error)), format!("cannot start the relay: {error}"));
         }
     };
     if let Some(mut stdin) = child.stdin.take() {
@@ -76,5 +80,5 @@ pub fn start(configuration: &[u8], directory: &Path) -> ExitCode {
         eprintln!("s2ds: the relay did not start");
         return ExitCode::from(1);
     }
-    failed(1, "io", format!("the relay ended before it was ready: {status:?} {}", word.trim()))
+    failed(1, "io", None, format!("the relay ended before it was ready: {status:?} {}", word.trim()))
 }

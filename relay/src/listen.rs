@@ -9,7 +9,7 @@ use std::time::Duration;
 use socket2::{Domain, Protocol, Socket, Type};
 use tokio::net::{TcpListener, TcpStream};
 
-use crate::config::{Listen, Role};
+use crate::config::{Config, Listen, Role};
 use crate::connection::lock;
 use crate::errno;
 use crate::relay::{Listener, NO_PEERS, Relay};
@@ -20,6 +20,8 @@ const BACKLOG: i32 = 4096;
 const HALF_OPEN: Cap = Cap { total: 512, from_one_source: 128 };
 /// The same from addresses that a peer has named: all connections of a stream come from its few gateways.
 const HALF_OPEN_NAMED: Cap = Cap { total: 8192, from_one_source: 8192 };
+/// A port that the kernel has chosen on one address may be taken on the other; then it chooses again.
+const KERNEL_CHOICES: u32 = 64;
 /// After a shortage of descriptors or memory, how long accepting pauses.
 const PAUSE: Duration = Duration::from_millis(100);
 
@@ -31,43 +33,52 @@ pub struct BindError {
     pub message: String,
 }
 
-/// Binds one port for each index and listens on it. All or nothing: an error closes what was bound.
+/// Binds one port for each index, on every address, and listens on it. All or nothing: an error closes what was bound.
 pub fn bind(listen: &Listen) -> Result<Vec<(Arc<Listener>, StdListener)>, BindError> {
     let mut taken = HashSet::new();
-    listen.indices.iter().map(|&index| bind_one(listen, index, &mut taken)).collect()
+    let mut bound = Vec::new();
+    for &index in &listen.indices {
+        let sockets = bind_one(listen, index, &mut taken)?;
+        let open = Arc::new(AtomicU64::new(0));
+        bound.extend(sockets.into_iter().map(|(address, socket)| {
+            let listener = Listener {
+                index,
+                address,
+                open: open.clone(),
+                active: AtomicU64::new(0),
+                accepted: AtomicU64::new(0),
+                refused: AtomicU64::new(0),
+            };
+            (Arc::new(listener), socket)
+        }));
+    }
+    Ok(bound)
 }
 
 fn bind_one(
     listen: &Listen,
     index: u16,
     taken: &mut HashSet<u16>,
-) -> Result<(Arc<Listener>, StdListener), BindError> {
-    let count = u32::from(listen.last_port - listen.first_port) + 1;
+) -> Result<Vec<(SocketAddr, StdListener)>, BindError> {
+    let kernel_chooses = listen.first_port == 0;
+    let count =
+        if kernel_chooses { KERNEL_CHOICES } else { u32::from(listen.last_port - listen.first_port) + 1 };
     // A random start keeps two relays on one range from racing for the same ports.
     let start = fastrand::u32(..count);
     let mut last = None;
     for step in 0..count {
-        let port = listen.first_port + ((start + step) % count) as u16;
-        if port != 0 && taken.contains(&port) {
+        let port = if kernel_chooses { 0 } else { listen.first_port + ((start + step) % count) as u16 };
+        if taken.contains(&port) {
             continue;
         }
-        let address = SocketAddr::new(listen.address, port);
-        match open(address) {
-            Ok(socket) => {
-                let address = socket.local_addr().unwrap_or(address);
-                taken.insert(address.port());
-                let listener = Listener {
-                    index,
-                    address,
-                    active: AtomicU64::new(0),
-                    accepted: AtomicU64::new(0),
-                    refused: AtomicU64::new(0),
-                };
-                return Ok((Arc::new(listener), socket));
+        match open_all(listen.addresses(), port) {
+            Ok(sockets) => {
+                taken.extend(sockets.iter().map(|(address, _)| address.port()));
+                return Ok(sockets);
             }
             // Somebody else's port; the next one may be free.
-            Err(error) if error.kind() == std::io::ErrorKind::AddrInUse => last = Some(error),
-            Err(error) => {
+            Err((_, error)) if error.kind() == std::io::ErrorKind::AddrInUse => last = Some(error),
+            Err((address, error)) => {
                 return Err(BindError {
                     code: "bind",
                     errno: errno::of(&error),
@@ -76,17 +87,34 @@ fn bind_one(
             }
         }
     }
+    let addresses = listen.addresses().iter().map(IpAddr::to_string).collect::<Vec<_>>().join(" and ");
     Err(BindError {
         code: "ports-exhausted",
         errno: last.as_ref().map_or("EADDRINUSE".into(), errno::of),
         message: format!(
-            "no port of {}:{}-{} is free for listener {index}: {} are wanted",
-            listen.address,
+            "no port of {addresses}:{}-{} is free for listener {index}: {} are wanted",
             listen.first_port,
             listen.last_port,
             listen.indices.len()
         ),
     })
+}
+
+/// One port on every address. Of port 0 the first address makes a number, and the others follow.
+fn open_all(
+    addresses: &[IpAddr],
+    mut port: u16,
+) -> Result<Vec<(SocketAddr, StdListener)>, (SocketAddr, std::io::Error)> {
+    let mut sockets = Vec::new();
+    for &address in addresses {
+        let wanted = SocketAddr::new(address, port);
+        let (address, socket) = open(wanted)
+            .and_then(|socket| Ok((socket.local_addr()?, socket)))
+            .map_err(|error| (wanted, error))?;
+        port = address.port();
+        sockets.push((address, socket));
+    }
+    Ok(sockets)
 }
 
 fn open(address: SocketAddr) -> std::io::Result<StdListener> {
@@ -149,9 +177,7 @@ fn admit(
         Some(NO_PEERS)
     } else if !relay.admits_source(source.ip()) {
         Some("source")
-    } else if relay.config.role == Role::Cons
-        && listener.active.load(Ordering::Relaxed) >= u64::from(relay.config.max_connections)
-    {
+    } else if relay.config.role == Role::Cons && listener.is_full(&relay.config) {
         Some("busy")
     } else {
         None
@@ -174,11 +200,19 @@ fn admit(
     }
 }
 
+impl Listener {
+    /// It carries what it may, over all addresses of its index.
+    pub fn is_full(&self, config: &Config) -> bool {
+        self.open.load(Ordering::Relaxed) >= u64::from(config.max_connections)
+    }
+}
+
 /// Counts one active connection of a listener until it is dropped.
 pub struct Active(Arc<Listener>);
 
 impl Active {
     pub fn enter(listener: Arc<Listener>) -> Active {
+        listener.open.fetch_add(1, Ordering::Relaxed);
         listener.active.fetch_add(1, Ordering::Relaxed);
         listener.accepted.fetch_add(1, Ordering::Relaxed);
         Active(listener)
@@ -191,6 +225,7 @@ impl Active {
 
 impl Drop for Active {
     fn drop(&mut self) {
+        self.0.open.fetch_sub(1, Ordering::Relaxed);
         self.0.active.fetch_sub(1, Ordering::Relaxed);
     }
 }

@@ -9,6 +9,7 @@ mod control;
 mod errno;
 mod events;
 mod gauge;
+mod inspect;
 mod key;
 mod launch;
 mod listen;
@@ -55,6 +56,7 @@ Usage: s2ds COMMAND [--runtime-dir DIR]
   stop RELAY_ID [--reason released|admin]
   forget RELAY_ID               remove the log of a relay that has ended
   list                          the relays of this runtime directory
+  inspect                       facts about this node: a request as JSON on stdin
   version [--format json]
 
 docs/relay.md describes every document.
@@ -111,6 +113,9 @@ fn main() -> ExitCode {
 
 /// The verbs of a control client.
 fn command(arguments: &Arguments, directory: &Path) -> Result<Value, Refusal> {
+    if arguments.command == "inspect" {
+        return inspect::inspect(&read_stdin(), directory);
+    }
     let dir = RuntimeDir::enter(directory).map_err(|message| Refusal::new("io", message))?;
     let request = |verb: &str, field: &str, value: Value| {
         let mut request = json!({"protocol": PROTOCOL, "verb": verb});
@@ -396,7 +401,7 @@ impl Arguments {
         }
         match arguments.command.as_str() {
             "" => Err("no command was given".into()),
-            "start" | "run" | "list" | "version" | "help" => Ok(arguments),
+            "start" | "run" | "list" | "inspect" | "version" | "help" => Ok(arguments),
             "renew" if !lease => Err("renew needs --lease-s".into()),
             command if takes_relay(command) && arguments.relay_id.is_some() => Ok(arguments),
             command if takes_relay(command) => Err(format!("{command} needs a RELAY_ID")),

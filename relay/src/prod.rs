@@ -3,7 +3,6 @@
 use std::io;
 use std::net::SocketAddr;
 use std::sync::Arc;
-use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
 use rustix::net::RecvFlags;
@@ -131,7 +130,7 @@ async fn serve_probe(mut wan: Wan<'_>, listener: Arc<Listener>, target: SocketAd
 
 async fn serve_data(mut wan: Wan<'_>, listener: Arc<Listener>, source: SocketAddr, target: SocketAddr) {
     let relay = wan.relay;
-    if listener.active.load(Ordering::Relaxed) >= u64::from(relay.config.max_connections) {
+    if listener.is_full(&relay.config) {
         relay.refuse(&listener, "busy", source.ip());
         return wan.refuse(Verdict::Busy).await;
     }

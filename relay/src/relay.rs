@@ -85,6 +85,8 @@ pub struct End {
 pub struct Listener {
     pub index: u16,
     pub address: SocketAddr,
+    /// Active connections of the index, over all its addresses.
+    pub open: Arc<AtomicU64>,
     pub active: AtomicU64,
     pub accepted: AtomicU64,
     pub refused: AtomicU64,
@@ -348,7 +350,7 @@ impl Relay {
     /// The targets of a PROD relay that are to be proven from here: its path has been, and the targets have changed since.
     pub fn targets_to_prove(&self) -> Vec<SocketAddr> {
         let live = self.live();
-        let path_proven = live.probed_listeners.len() == self.listeners.len();
+        let path_proven = live.probed_listeners.len() == self.config.listen.indices.len();
         if self.config.role == Role::Cons || !path_proven || live.proof.is_some() {
             return Vec::new();
         }
@@ -363,7 +365,7 @@ impl Relay {
         if proof == Probe::Target {
             *held = Probe::Target;
         }
-        if live.probed_listeners.len() == self.listeners.len() {
+        if live.probed_listeners.len() == self.config.listen.indices.len() {
             let path_only = live.probed_listeners.values().any(|proof| *proof == Probe::Path);
             live.proof = Some(if path_only { Probe::Path } else { Probe::Target });
             live.hello_end = None;

@@ -280,6 +280,8 @@ class Gateway:
         """A configuration for this machine: loopback, ports by the kernel, leases longer than any test."""
         listen = {"address": "127.0.0.1", "first_port": 0, "last_port": 0, "indices": [0]}
         listen.update(changes.pop("listen", {}))  # type: ignore[call-overload]
+        if "addresses" in listen:
+            del listen["address"]
         return {
             "protocol": 1,
             "relay_id": secrets.token_hex(16),
@@ -318,11 +320,13 @@ class Gateway:
         return relay
 
     def peer_of(self, prod: Relay, listeners: Sequence[Document] | None = None) -> Document:
-        """A PROD relay as its CONS relay is told of it."""
+        """A PROD relay as its CONS relay is told of it; of several addresses of a listener, the first."""
         return {
             "relay_id": prod.id,
             "public_key": prod.public_key,
-            "listeners": list(listeners or prod.ready["listeners"]),
+            "listeners": list(
+                {row["index"]: row for row in reversed(listeners or prod.ready["listeners"])}.values()
+            ),
         }
 
     def pair(

@@ -5,7 +5,7 @@ import socket
 import pytest
 
 from .apps import Applications, Payload, nobody_waits, receive_exactly
-from .gateway import Gateway, Relay, eventually, join
+from .gateway import Gateway, RefusedError, Relay, eventually, join, split
 
 RESET = (b"", "ConnectionResetError")
 
@@ -45,6 +45,91 @@ def test_the_two_versions_of_ip_meet_in_one_stream(gateway: Gateway, apps: Appli
     pair = gateway.pair("tls", [server.getsockname()], prod=six)
     consumer, producer = apps.through(server, pair.cons)
     apps.exchange(consumer, producer, Payload(1, 100_000), Payload(2, 100_000))
+
+
+@pytest.mark.skipif(not has_ipv6(), reason="this machine has no IPv6 loopback")
+def test_each_listener_has_one_port_on_both_versions_of_ip(
+    gateway: Gateway, apps: Applications, mode: str
+) -> None:
+    server = apps.listen()
+    both = {"listen": {"addresses": ["127.0.0.1", "::1"], "indices": [0, 3]}, "sources": ["127.0.0.1", "::1"]}
+    pair = gateway.pair(mode, [server.getsockname()], prod=both, cons={**both, "probe": "path"})
+    for relay in pair:
+        for rows in (relay.ready["listeners"], relay.status()["listeners"]):
+            assert [row["index"] for row in rows] == [0, 0, 3, 3]
+            assert len({split(row["address"])[1] for row in rows}) == 2
+            hosts = [split(row["address"])[0] for row in rows]
+            assert hosts == ["127.0.0.1", "::1"] * 2
+            assert split(rows[0]["address"])[1] == split(rows[1]["address"])[1]
+    for number, row in enumerate(pair.cons.ready["listeners"], 1):
+        consumer = apps.dial(split(row["address"]))
+        apps.exchange(consumer, apps.accept(server), Payload(number, 50_000), Payload(number + 9, 70_000))
+    pair.wait_closed(4)
+    assert [row["accepted"] for row in pair.cons.status()["listeners"]] == [1, 1, 1, 1]
+
+
+@pytest.mark.skipif(not has_ipv6(), reason="this machine has no IPv6 loopback")
+def test_a_cons_relay_reaches_a_listener_at_either_of_its_addresses(
+    gateway: Gateway, apps: Applications, mode: str
+) -> None:
+    server = apps.listen()
+    prod = gateway.start(
+        gateway.config(
+            "PROD",
+            mode,
+            targets=[join(server.getsockname())],
+            listen={"addresses": ["::1", "127.0.0.1"]},
+            max_connections=1,
+        )
+    )
+    consumers = []
+    for row in prod.ready["listeners"]:
+        peers = [gateway.peer_of(prod, [row])]
+        consumers.append(gateway.start(gateway.config("CONS", mode, peers=peers, probe="path")))
+    keys = [{"public_key": relay.public_key, "source_addresses": ["127.0.0.1", "::1"]} for relay in consumers]
+    prod.update(peers=keys)
+    eventually(lambda: all(relay.status()["state"] == "READY" for relay in consumers))
+    apps.established(server, consumers[0])
+    # One listener: what one address carries, the other cannot.
+    assert apps.knock(consumers[1].address()) == RESET
+    six, four = prod.status()["listeners"]
+    assert (six["active"], six["refused"], four["active"], four["refused"]) == (1, 0, 0, 1)
+
+
+@pytest.mark.skipif(not has_ipv6(), reason="this machine has no IPv6 loopback")
+def test_a_consumer_counts_at_both_addresses_of_a_listener(gateway: Gateway, apps: Applications) -> None:
+    server = apps.listen()
+    both = {"addresses": ["127.0.0.1", "::1"]}
+    few = {"max_connections": 1, "listen": both, "sources": ["127.0.0.1", "::1"]}
+    pair = gateway.pair("tls", [server.getsockname()], cons=few)
+    four, six = (split(row["address"]) for row in pair.cons.ready["listeners"])
+    consumer, producer = apps.established(server, pair.cons)
+    assert apps.knock(six) == RESET
+    apps.exchange(consumer, producer, Payload(1, 1000), Payload(2, 1000))
+    eventually(lambda: pair.cons.status()["listeners"][0]["active"] == 0)
+    apps.dial(six).sendall(b"?")
+    assert receive_exactly(apps.accept(server), 1) == b"?"
+    assert apps.knock(four) == RESET
+
+
+@pytest.mark.skipif(not has_ipv6(), reason="this machine has no IPv6 loopback")
+def test_a_port_that_is_taken_at_one_of_the_addresses_is_not_used(
+    gateway: Gateway, apps: Applications
+) -> None:
+    taken = apps.listen("::1").getsockname()[1]
+    first = min(taken, 65000)
+    listen = {"addresses": ["127.0.0.1", "::1"], "first_port": taken, "last_port": taken}
+    with pytest.raises(RefusedError) as refusal:
+        gateway.start(gateway.config("PROD", "tls", listen=listen))
+    assert refusal.value.code == "ports-exhausted"
+    assert f"127.0.0.1 and ::1:{taken}-{taken}" in refusal.value.message
+    apps.listen("127.0.0.1", taken)  # all or nothing: it was closed again
+    listen |= {"first_port": first, "last_port": first + 400, "indices": list(range(20))}
+    relay = gateway.start(gateway.config("PROD", "tls", listen=listen))
+    ports = [split(row["address"])[1] for row in relay.ready["listeners"]]
+    assert ports[::2] == ports[1::2]
+    assert len(set(ports)) == 20
+    assert taken not in ports
 
 
 def who_answers(apps: Applications, servers: list[socket.socket], relay: Relay, index: int) -> int:
