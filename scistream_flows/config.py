@@ -10,10 +10,11 @@ import ipaddress
 import os
 import re
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from importlib import import_module
 from pathlib import Path
-from typing import Annotated, Any, Literal, NamedTuple, TypeAlias
+from typing import Annotated, Any, Final, Literal, NamedTuple, TypeAlias
+from uuid import UUID
 
 from pydantic import (
     AfterValidator,
@@ -26,13 +27,25 @@ from pydantic import (
 )
 
 from scistream_flows.errors import ConfigError
-from scistream_flows.models import DAY_S, UID_PATTERN, IPAddress, Mode, Network, Role, complaints, ip_of
+from scistream_flows.models import (
+    DAY_S,
+    UID_PATTERN,
+    URN_PATTERN,
+    IPAddress,
+    Mode,
+    Network,
+    RateMbits,
+    Role,
+    complaints,
+    ip_of,
+)
 
 # by name: the one for Python 3.10 is not there for a type checker that runs on a later one
 tomllib = import_module("tomllib" if sys.version_info >= (3, 11) else "tomli")
 
 SYSTEM_STATE = Path("/var/lib/scistream")
 SYSTEM_CONFIG = Path("/etc/scistream")
+EVERYBODY: Final = "all_authenticated_users"
 
 
 def _port_range(value: object) -> object:
@@ -45,11 +58,22 @@ def _port_range(value: object) -> object:
     return PortRange(first, last)
 
 
-def _ip(value: str) -> str:
-    address = ip_of(value)
-    if address is None:
-        raise ValueError(f"{value!r} is not a numeric IP address")
-    return str(address)
+def _ips(value: object) -> object:
+    """One address, or a list of at most one of each IP version: IPv4 first."""
+    if isinstance(value, str):
+        value = [value]
+    if not isinstance(value, Sequence) or not all(isinstance(one, str) for one in value):
+        raise ValueError('give an IP address, or a list of two such as ["192.0.2.10", "2001:db8::10"]')
+    addresses = [ip_of(one) for one in value]
+    for text, address in zip(value, addresses, strict=True):
+        if address is None:
+            raise ValueError(f"{text!r} is not a numeric IP address")
+    found = sorted((one for one in addresses if one is not None), key=lambda one: one.version)
+    if not found or len({one.version for one in found}) < len(found):
+        raise ValueError(
+            f"{len(found)} addresses are given: one, or one IPv4 and one IPv6 address are allowed"
+        )
+    return tuple(str(one) for one in found)
 
 
 def _own_path(value: str) -> str:
@@ -62,6 +86,38 @@ def _absolute_path(value: str) -> str:
     if not value.startswith("/") or not value.isprintable():
         raise ValueError(f"{value!r} is not an absolute path")
     return value
+
+
+def _uuid(value: str) -> str:
+    try:
+        return str(UUID(value))
+    except ValueError:
+        raise ValueError(f"{value!r} is not a UUID") from None
+
+
+def _principal(value: str) -> str:
+    kind, _, name = value.rpartition(":")
+    if kind in ("urn:globus:auth:identity", "urn:globus:groups:id"):
+        return f"{kind}:{_uuid(name)}"
+    if value not in ("public", "all_authenticated_users"):
+        raise ValueError(
+            f'{value!r} is neither "all_authenticated_users" nor urn:globus:auth:identity:UUID or '
+            "urn:globus:groups:id:UUID"
+        )
+    return value
+
+
+def _urn(value: str, *, also: str = "") -> str:
+    if not re.fullmatch(URN_PATTERN, value):
+        raise ValueError(
+            f"{value!r} is not a URN, such as urn:globus:auth:identity:UUID, urn:globus:groups:id:UUID or"
+            f" urn:scistream:unix:UID@HOST{also}"
+        )
+    return value
+
+
+def _user(value: str) -> str:
+    return value if value == EVERYBODY else _urn(value, also=f', nor "{EVERYBODY}"')
 
 
 class PortRange(NamedTuple):
@@ -113,12 +169,15 @@ def _allow_rule(value: object) -> object:
     return AllowRule(parsed, *ports)
 
 
-IP: TypeAlias = Annotated[str, AfterValidator(_ip)]
+IPs: TypeAlias = Annotated[tuple[str, ...], BeforeValidator(_ips)]
 Ports: TypeAlias = Annotated[PortRange, BeforeValidator(_port_range)]
 Rules: TypeAlias = list[Annotated[AllowRule, BeforeValidator(_allow_rule)]]
 OwnPath: TypeAlias = Annotated[str, AfterValidator(_own_path)]
 AbsolutePath: TypeAlias = Annotated[str, AfterValidator(_absolute_path)]
 Name: TypeAlias = Annotated[str, Field(pattern=UID_PATTERN)]
+URN: TypeAlias = Annotated[str, AfterValidator(_urn)]
+User: TypeAlias = Annotated[str, AfterValidator(_user)]
+Principal: TypeAlias = Annotated[str, AfterValidator(_principal)]
 
 
 class _Table(BaseModel):
@@ -127,19 +186,23 @@ class _Table(BaseModel):
 
 
 class GatewayConfig(_Table):
-    """One gateway node.
+    """One gateway node. An address may be a list of one IPv4 and one IPv6 address; IPv4 comes first.
 
     Attributes:
         name: Its name in offers and messages.
         kind: How it is reached; `local` is this machine, `ssh` another one.
         wan_bind: Address at which PROD relays accept from the other facility.
         wan_advertise: The same as the other facility sees it; by default `wan_bind`.
-        wan_source: Local address from which CONS relays dial; by default `wan_bind`.
+        wan_source: Local address from which CONS relays dial; by default `wan_bind`, for each IP version.
         lan_bind: Address at which CONS relays accept applications.
         lan_advertise: The same as applications see it; by default `lan_bind`.
         lan_source: Local address from which PROD relays connect to targets; by default the kernel chooses.
         port_range: Ports for listeners.
         capacity_mbits_per_s: What reservations may add up to per direction; 0 is not counted.
+        connection_budget: What the concurrent connections of its streams may add up to, each counted as num_conn times
+            max_connections; 0 is not counted.
+        pipe_budget_mib: Pipe memory of the user who runs the relays (fs.pipe-user-pages-soft): beyond it connections
+            copy, so that other gateways are preferred. 0 is not counted.
         host: `ssh`: its host name, or its alias in `~/.ssh/config`.
         port: `ssh`: before `~/.ssh/config`; else 22.
         user: `ssh`: before `~/.ssh/config`; else that of this process.
@@ -153,14 +216,16 @@ class GatewayConfig(_Table):
 
     name: Name
     kind: Literal["local", "ssh"] = "local"
-    wan_bind: IP
-    wan_advertise: IP | None = None
-    wan_source: IP | None = None
-    lan_bind: IP
-    lan_advertise: IP | None = None
-    lan_source: IP | None = None
+    wan_bind: IPs
+    wan_advertise: IPs = ()
+    wan_source: IPs = ()
+    lan_bind: IPs
+    lan_advertise: IPs = ()
+    lan_source: IPs = ()
     port_range: Ports = PortRange(0, 0)
     capacity_mbits_per_s: Annotated[int, Field(ge=0, le=10_000_000)] = 0
+    connection_budget: Annotated[int, Field(ge=0, le=100_000_000)] = 0
+    pipe_budget_mib: Annotated[int, Field(ge=0, le=1_000_000)] = 64
     host: Annotated[str, Field(pattern=r"^[^\s@/-][^\s@/]*$")] | None = None
     port: Annotated[int, Field(ge=1, le=65_535)] | None = None
     user: Annotated[str, Field(pattern=r"^[^\s@:/-][^\s@:/]*$")] | None = None
@@ -173,8 +238,12 @@ class GatewayConfig(_Table):
     @model_validator(mode="after")
     def _says_where_it_is(self) -> GatewayConfig:
         for leg in ("wan", "lan"):
-            if _anywhere(getattr(self, f"{leg}_bind")) and getattr(self, f"{leg}_advertise") is None:
-                raise ValueError(f"{leg}_advertise: needed, because {leg}_bind takes every address")
+            bound, advertised = getattr(self, f"{leg}_bind"), getattr(self, f"{leg}_advertise")
+            unsaid = [one for one in _seen_from_outside(bound, advertised) if _anywhere(one)]
+            if unsaid:
+                raise ValueError(
+                    f"{leg}_advertise: needed, because {leg}_bind takes every address ({unsaid[0]})"
+                )
         return self
 
     @model_validator(mode="after")
@@ -186,38 +255,46 @@ class GatewayConfig(_Table):
             raise ValueError(f'{given}: only for kind = "ssh", but kind is "{self.kind}"')
         return self
 
-    def listen_address(self, role: Role) -> str:
-        """The IP that a relay of `role` binds."""
+    def listen_addresses(self, role: Role) -> tuple[str, ...]:
+        """The IPs that a relay of `role` binds: one, or IPv4 and IPv6."""
         return self.wan_bind if role == "PROD" else self.lan_bind
 
-    def advertised_address(self, role: Role) -> str:
-        """The IP at which a relay of `role` is reached."""
-        if role == "PROD":
-            return self.wan_advertise or self.wan_bind
-        return self.lan_advertise or self.lan_bind
+    def advertised_addresses(self, role: Role, bound: str) -> tuple[str, ...]:
+        """The IPs at which what a relay of `role` has bound to `bound` is reached."""
+        advertised = self.wan_advertise if role == "PROD" else self.lan_advertise
+        if len(self.listen_addresses(role)) == 1:
+            return advertised or (bound,)
+        return tuple(_by_version([bound], [one for one in advertised if _version(one) == _version(bound)]))
 
-    def onward_source(self, role: Role) -> str | None:
-        """The local IP from which a relay of `role` connects onwards; None leaves it to the kernel."""
+    def onward_sources(self, role: Role) -> tuple[str, ...]:
+        """The local IPs from which a relay of `role` connects onwards, at most one of each IP version.
+
+        For a version that is not among them the kernel chooses.
+        """
         if role == "PROD":
             return self.lan_source
-        return self.wan_source or (None if _anywhere(self.wan_bind) else self.wan_bind)
+        return tuple(_by_version([one for one in self.wan_bind if not _anywhere(one)], self.wan_source))
 
     def dial_addresses(self) -> list[str]:
         """The networks from which the other facility sees this gateway come, behind a translation or not."""
-        addresses = [self.wan_source, self.wan_advertise or self.wan_bind]
-        return list(dict.fromkeys(str(ipaddress.ip_network(one)) for one in addresses if one))
+        addresses = [*self.wan_source, *_seen_from_outside(self.wan_bind, self.wan_advertise)]
+        return list(dict.fromkeys(str(ipaddress.ip_network(one)) for one in addresses))
+
+    def wan_versions(self) -> set[int]:
+        """The IP versions, 4 and 6, in which this gateway can speak to the other facility."""
+        return {_version(one) for one in (*self.wan_bind, *self.wan_source)}
 
     def own_addresses(self) -> set[IPAddress]:
         """Every address by which this gateway itself could be meant."""
-        texts = [
-            self.wan_bind,
-            self.wan_advertise,
-            self.wan_source,
-            self.lan_bind,
-            self.lan_advertise,
-            self.lan_source,
-        ]
-        return {ipaddress.ip_address(text) for text in texts if text and not _anywhere(text)}
+        texts = (
+            *self.wan_bind,
+            *self.wan_advertise,
+            *self.wan_source,
+            *self.lan_bind,
+            *self.lan_advertise,
+            *self.lan_source,
+        )
+        return {ipaddress.ip_address(text) for text in texts if not _anywhere(text)}
 
 
 _SSH_KEYS = (
@@ -236,10 +313,45 @@ def _anywhere(text: str) -> bool:
     return ipaddress.ip_address(text).is_unspecified
 
 
+def _version(text: str) -> int:
+    return ipaddress.ip_address(text).version
+
+
+def _by_version(*preferred_last: Iterable[str]) -> list[str]:
+    """One address of each IP version, IPv4 first; of two of a version the later."""
+    found = {_version(one): one for addresses in preferred_last for one in addresses}
+    return [found[version] for version in sorted(found)]
+
+
+def _seen_from_outside(bound: Sequence[str], advertised: Sequence[str]) -> list[str]:
+    return _by_version(bound, advertised) if len(bound) > 1 else list(advertised or bound)
+
+
+class Quota(_Table):
+    """Limits for some callers, in place of those of the policy. What is left out stays as it is there.
+
+    Attributes:
+        users: Whom it is for: a caller who has one of these URNs.
+    """
+
+    users: Annotated[list[URN], Field(min_length=1)]
+    modes: Annotated[list[Mode], Field(min_length=1)] | None = None
+    longest_lease_s: Annotated[int, Field(ge=1, le=30 * DAY_S)] | None = None
+    longest_lifetime_s: Annotated[int, Field(ge=1, le=366 * DAY_S)] | None = None
+    longest_hello_timeout_s: Annotated[int, Field(ge=1, le=30 * DAY_S)] | None = None
+    max_streams_per_owner: Annotated[int, Field(ge=0, le=1_000_000)] | None = None
+    max_reserved_mbits_per_s_per_owner: RateMbits | None = None
+    max_num_conn: Annotated[int, Field(ge=1, le=256)] | None = None
+    max_connections: Annotated[int, Field(ge=1, le=65_536)] | None = None
+
+
 class Policy(_Table):
     """What the facility allows. A list left out allows nothing.
 
     Attributes:
+        users: Who may open streams: URNs of identities, groups and Unix accounts, or "all_authenticated_users". Left
+            out: the Unix user that runs the service, and nobody else.
+        administrators: URNs that may see and end the streams of everybody.
         targets: Where PROD may connect.
         peers: Where CONS may dial; in mode `none` also where PROD's peers may come from.
         consumers: Which sources may be allowed at LAN listeners.
@@ -248,10 +360,14 @@ class Policy(_Table):
         longest_lifetime_s: Seconds.
         longest_hello_timeout_s: Seconds.
         max_streams_per_owner: Open sides per owner at this facility.
+        max_reserved_mbits_per_s_per_owner: What the reservations of an owner may add up to, Mbit/s; 0 is no limit.
         max_num_conn: Listeners per stream.
         max_connections: Concurrent connections per listener.
+        quota: Limits of their own for some callers; the first that names one of a caller's URNs counts.
     """
 
+    users: list[User] | None = None
+    administrators: list[URN] = []
     targets: Rules = []
     peers: Rules = []
     consumers: Rules = []
@@ -260,13 +376,54 @@ class Policy(_Table):
     longest_lifetime_s: Annotated[int, Field(ge=1, le=366 * DAY_S)] = 7 * DAY_S
     longest_hello_timeout_s: Annotated[int, Field(ge=1, le=30 * DAY_S)] = DAY_S
     max_streams_per_owner: Annotated[int, Field(ge=0, le=1_000_000)] = 100
+    max_reserved_mbits_per_s_per_owner: RateMbits = 0
     max_num_conn: Annotated[int, Field(ge=1, le=256)] = 64
     max_connections: Annotated[int, Field(ge=1, le=65_536)] = 256
+    quota: list[Quota] = []
 
     @model_validator(mode="after")
     def _consumers_are_networks(self) -> Policy:
         if any((rule.first_port, rule.last_port) != (0, 65_535) for rule in self.consumers):
             raise ValueError("consumers: networks only, a source has no fixed port")
+        return self
+
+    def of(self, caller: Iterable[str]) -> Policy:
+        """The policy for a caller with these URNs: with the limits of the first quota that names one of them."""
+        urns = set(caller)
+        quota = next((one for one in self.quota if not urns.isdisjoint(one.users)), None)
+        if quota is None:
+            return self
+        return self.model_copy(
+            update={name: value for name, value in quota if name != "users" and value is not None}
+        )
+
+
+class GlobusConfig(_Table):
+    """The client of this facility at Globus Auth. Without this table, the facility is in development mode.
+
+    Attributes:
+        client_id: The client, a UUID.
+        client_secret_file: A file with its secret that only its owner may read; not needed where the environment
+            has SCISTREAM_GLOBUS_CLIENT_SECRET.
+        scope: What a token must have; by default the scope `action_all` of the client.
+        visible_to: Who may read the description of the actions.
+        runnable_by: Who may run the actions; by default those who may open streams.
+        administered_by: Who may see and end the actions of everybody; by default the policy's administrators.
+    """
+
+    client_id: Annotated[str, AfterValidator(_uuid)]
+    client_secret_file: OwnPath | None = None
+    scope: Annotated[str, Field(pattern=r"^[!#-\[\]-~]{1,512}$")] | None = None
+    visible_to: Annotated[list[Principal], Field(min_length=1)] = ["public"]
+    runnable_by: list[Principal] | None = None
+    administered_by: list[Principal] | None = None
+
+    @model_validator(mode="after")
+    def _nobody_unknown_runs_actions(self) -> GlobusConfig:
+        if "public" in (self.runnable_by or []):
+            raise ValueError('runnable_by: "public" is not possible, give "all_authenticated_users" or URNs')
+        if {"public", "all_authenticated_users"} & {*(self.administered_by or [])}:
+            raise ValueError("administered_by: URNs only")
         return self
 
 
@@ -278,6 +435,7 @@ class _File(_Table):
     facility: _FacilityTable
     gateway: Annotated[list[GatewayConfig], Field(min_length=1)]
     policy: Policy = Policy()
+    globus: GlobusConfig | None = None
 
     @model_validator(mode="after")
     def _names_are_distinct(self) -> _File:
@@ -294,6 +452,7 @@ class FacilityConfig(_Table):
     name: Name
     gateways: tuple[GatewayConfig, ...]
     policy: Policy
+    globus: GlobusConfig | None = None
     state_dir: Path
     file: Path | None = None
 
@@ -348,6 +507,7 @@ def load_facility(
         name=name,
         gateways=tuple(parsed.gateway),
         policy=parsed.policy,
+        globus=parsed.globus,
         state_dir=Path(state_dir) if state_dir is not None else _state_base(environment) / name,
         file=path,
     )
@@ -359,6 +519,7 @@ def _development(name: str) -> dict[str, Any]:
         "facility": {"name": name},
         "gateway": [{"name": "local", "wan_bind": "127.0.0.1", "lan_bind": "127.0.0.1"}],
         "policy": {
+            "users": [EVERYBODY],
             "targets": loopback,
             "peers": list(loopback),
             "consumers": list(loopback),
@@ -367,12 +528,15 @@ def _development(name: str) -> dict[str, Any]:
     }
 
 
-def _find_file(name: str, environment: Mapping[str, str]) -> Path | None:
+def config_folders(environment: Mapping[str, str]) -> list[Path]:
+    """Where configuration files are looked for, the first that has one wins."""
     if environment.get("SCISTREAM_CONFIG_DIR"):
-        folders = [Path(environment["SCISTREAM_CONFIG_DIR"])]
-    else:
-        folders = [_home(environment, "XDG_CONFIG_HOME", ".config") / "scistream", SYSTEM_CONFIG]
-    for folder in folders:
+        return [Path(environment["SCISTREAM_CONFIG_DIR"])]
+    return [_home(environment, "XDG_CONFIG_HOME", ".config") / "scistream", SYSTEM_CONFIG]
+
+
+def _find_file(name: str, environment: Mapping[str, str]) -> Path | None:
+    for folder in config_folders(environment):
         if (folder / f"{name}.toml").is_file():
             return folder / f"{name}.toml"
         shared = folder / "facility.toml"
@@ -445,11 +609,12 @@ def _allowed_beside(key: str) -> str:
     tables: dict[str, type[BaseModel]] = {
         "gateway": GatewayConfig,
         "policy": Policy,
+        "policy.quota": Quota,
         "facility": _FacilityTable,
+        "globus": GlobusConfig,
     }
-    table, separator, _ = key.partition(".")
-    model = tables.get(table, _File) if separator else _File
-    return "allowed are " + ", ".join(model.model_fields)
+    table = ".".join(part for part in key.split(".")[:-1] if not part.isdigit())
+    return "allowed are " + ", ".join(tables.get(table, _File).model_fields)
 
 
 def _state_base(environment: Mapping[str, str]) -> Path:

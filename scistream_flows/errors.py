@@ -116,6 +116,25 @@ class PolicyDenied(ScistreamError):
     http_status = 403
 
 
+class Unauthenticated(ScistreamError):
+    """Who calls is not proven: no token, or one that is expired, revoked, or not for this facility."""
+
+    code = "unauthenticated"
+    http_status = 401
+
+    @property
+    def challenge(self) -> str:
+        """The value of the header `WWW-Authenticate` that belongs to the answer."""
+        return str(self.details.get("challenge", "Bearer"))
+
+
+class AuthUnavailable(ScistreamError):
+    """Whoever proves who calls did not answer, so the call was neither admitted nor refused."""
+
+    code = "auth-unavailable"
+    http_status = 502
+
+
 class NotFound(ScistreamError):
     """No such stream for this caller. A stream of somebody else gets the very same answer."""
 

@@ -52,6 +52,10 @@ class Gateway(Protocol):
         ...
 
 
+# What a relay may know of the environment of this process, which may hold secrets.
+_PASSED_ON: Final = frozenset({"PATH", "HOME", "USER", "LOGNAME", "LANG", "TZ", "TMPDIR"})
+
+
 class LocalGateway:
     """This machine.
 
@@ -99,6 +103,7 @@ class LocalGateway:
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=subprocess.PIPE,
+                env={name: text for name, text in os.environ.items() if name in _PASSED_ON},
                 text=True,
                 encoding="utf-8",
                 errors="replace",
@@ -167,7 +172,7 @@ fi
 _PUT: Final = r"""
 LC_ALL=C; export LC_ALL; umask 077
 trap 'rm -f "$1"' 0
-trap 'exit 74' 1 2 15
+trap 'exit 74' 1 2 13 15
 cat >"$1" || exit 74
 n=$(wc -c <"$1")
 if ! [ "$n" -eq "$3" ]; then echo "$n of $3 bytes arrived" >&2; exit 74; fi

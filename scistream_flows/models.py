@@ -153,10 +153,14 @@ class _Answered(_Part):
 
 
 class Listener(_Part):
-    """An address at which a relay accepts; `index` is the stream's listener number, 0 to 255."""
+    """An address at which a relay accepts; `index` is the stream's listener number, 0 to 255.
+
+    `also` has the same listener's address of the other IP version, where the gateway has both: `address` is IPv4 then.
+    """
 
     index: Annotated[int, Field(ge=0, le=255)]
     address: SocketAddress
+    also: Annotated[list[SocketAddress], Field(max_length=1)] = []
 
 
 class OfferedRelay(_Part):
@@ -181,7 +185,7 @@ class Offer(_Answered):
 
     @property
     def addresses(self) -> list[str]:
-        """The listeners of all relays, `ip:port`, in the order of their index."""
+        """The listeners of all relays, `ip:port`, in the order of their index; one address for each."""
         listeners = [listener for relay in self.relays for listener in relay.listeners]
         return [listener.address for listener in sorted(listeners, key=lambda one: one.index)]
 
@@ -203,6 +207,8 @@ class Request(_Asked):
         uid: The stream's name, the same on both sides.
         role: `PROD` beside the application that listens, `CONS` beside the one that connects.
         num_conn: Listeners on this side, 1 to 256.
+        gateways: How many gateways carry them, 1 to 16: listener i is on the (i mod gateways)-th, each with a relay of
+            its own.
         rate_mbits_per_s: Payload Mbit/s per direction; 0 is best effort.
         reserve_rate: Whether the gateway's capacity is reserved for the rate, or the rate is a cap only.
         mode: Protection on the WAN: `tls`, `auth` (proven peers, clear text) or `none`.
@@ -224,6 +230,7 @@ class Request(_Asked):
     uid: Uid
     role: Role
     num_conn: Annotated[int, Field(ge=1, le=256)] = 1
+    gateways: Annotated[int, Field(ge=1, le=16)] = 1
     rate_mbits_per_s: RateMbits = 0
     reserve_rate: bool = True
     mode: Mode = "tls"
@@ -243,6 +250,8 @@ class Request(_Asked):
 
     @model_validator(mode="after")
     def _fits_its_role(self) -> Request:
+        if self.gateways > self.num_conn:
+            raise ValueError(f"gateways: {self.gateways} need as many listeners, num_conn is {self.num_conn}")
         if self.role == "PROD":
             _only("consumers", self.consumers, "CONS")
             _only("offer", self.offer, "CONS")
@@ -328,9 +337,10 @@ class Release(_OfStream):
 
 
 class ListQuery(_Asked):
-    """List the streams a caller may see."""
+    """List the streams a caller may see; `all_owners` lists everybody's, for an administrator of the facility."""
 
     include_ended: bool = False
+    all_owners: bool = False
 
 
 def _only(name: str, value: object, role: str) -> None:
@@ -526,6 +536,38 @@ class Listing(_Answered):
 
     facility: str
     streams: list[Status] = []
+
+
+class GatewayReport(_Answered):
+    """One gateway of a facility: whether it can be used, and what of it is booked.
+
+    Attributes:
+        name: Its name.
+        kind: How it is reached.
+        draining: It takes no new stream.
+        answers: It ran a command just now.
+        message: Why it does not answer.
+        streams: Sides with a relay on it.
+        listeners: Listeners booked on it.
+        ports: Size of its port range; 0 lets the kernel choose.
+        connections: Concurrent connections booked.
+        connection_budget: What these may add up to; 0 is not counted.
+        reserved_mbits_per_s: Rate booked, Mbit/s per direction.
+        capacity_mbits_per_s: What this may add up to; 0 is not counted.
+    """
+
+    name: str
+    kind: Literal["local", "ssh"]
+    draining: bool
+    answers: bool
+    message: str | None = None
+    streams: int = 0
+    listeners: int = 0
+    ports: int = 0
+    connections: int = 0
+    connection_budget: int = 0
+    reserved_mbits_per_s: int = 0
+    capacity_mbits_per_s: int = 0
 
 
 # --- what the relay says besides

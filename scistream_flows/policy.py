@@ -5,9 +5,9 @@ from __future__ import annotations
 import ipaddress
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Final, Literal, NamedTuple
 
-from scistream_flows.config import LOOPBACK, AllowRule, FacilityConfig, GatewayConfig
+from scistream_flows.config import EVERYBODY, LOOPBACK, AllowRule, FacilityConfig, GatewayConfig
 from scistream_flows.errors import BadRequest, CapacityExhausted, NotSupported, PolicyDenied, PortsExhausted
 from scistream_flows.models import IPAddress, IPNetwork, Mode, Peer, Request, ip_of, split_address
 
@@ -31,6 +31,9 @@ _LOOPBACK_NETWORKS: tuple[IPNetwork, ...] = tuple(ipaddress.ip_network(text) for
 
 Right = Literal["manage", "monitor"]
 
+PIPE_MIB_PER_LISTENER: Final = 2  # one pipe of 1 MiB for each direction
+_UNCOUNTED: Final = 1_000_000_000
+
 
 @dataclass(frozen=True, kw_only=True)
 class Usage:
@@ -38,13 +41,30 @@ class Usage:
 
     Attributes:
         streams_of_owner: Open sides of the owner who asks.
+        reserved_of_owner_mbits_per_s: What these have reserved, Mbit/s per direction.
+        streams: Open sides with a relay on it, per gateway name.
         reserved_mbits_per_s: Reserved rate per gateway name, Mbit/s per direction.
         listeners: Listeners in use per gateway name.
+        connections: Concurrent connections booked per gateway name.
+        draining: The names of the gateways that take no new stream.
     """
 
     streams_of_owner: int = 0
+    reserved_of_owner_mbits_per_s: int = 0
+    streams: Mapping[str, int] = field(default_factory=dict)
     reserved_mbits_per_s: Mapping[str, int] = field(default_factory=dict)
     listeners: Mapping[str, int] = field(default_factory=dict)
+    connections: Mapping[str, int] = field(default_factory=dict)
+    draining: frozenset[str] = frozenset()
+
+
+class Share(NamedTuple):
+    """The part of a stream that one gateway carries: its listeners, and what is booked for them."""
+
+    gateway: str
+    indices: tuple[int, ...]
+    connections: int
+    reserved_mbits_per_s: int
 
 
 def allows(
@@ -54,6 +74,32 @@ def allows(
     if owner in caller or any(one in caller for one in managers):
         return True
     return right == "monitor" and any(one in caller for one in monitors)
+
+
+def admit_user(caller: Sequence[str], facility: FacilityConfig, *, service: str) -> None:
+    """Check whether a caller may open streams.
+
+    Args:
+        caller: The caller's URNs; any of them counts.
+        facility: Its configuration.
+        service: The URN of the Unix user that runs the service.
+
+    Raises:
+        PolicyDenied: Naming the caller, and the key of the configuration that would allow it.
+    """
+    users = [service] if facility.policy.users is None else facility.policy.users
+    if EVERYBODY not in users and not any(one in users for one in caller):
+        raise PolicyDenied(
+            f"{caller[0]} may not open streams at facility {facility.name}",
+            which=caller[0],
+            hint=f"Its administrator allows it with policy.users in {facility.file or 'its configuration'}",
+            key="policy.users",
+        )
+
+
+def administers(caller: Collection[str], facility: FacilityConfig) -> bool:
+    """Whether one of the caller's identities is an administrator of the facility."""
+    return any(one in caller for one in facility.policy.administrators)
 
 
 def admit(request: Request, facility: FacilityConfig) -> None:
@@ -97,14 +143,44 @@ def admit_at_most(name: str, asked: int, limit: int, facility: FacilityConfig) -
         )
 
 
-def place(request: Request, facility: FacilityConfig, usage: Usage) -> GatewayConfig:
-    """The gateway to use: of those with room, the one with the largest share of capacity free.
+def place(request: Request, facility: FacilityConfig, usage: Usage) -> list[Share]:
+    """The gateways to use, one for each share: of those with room, the ones with most free.
+
+    Share k has the listeners i with i mod gateways == k. What a gateway's pipe budget does not hold is placed where it
+    does, if that is possible.
 
     Raises:
-        PolicyDenied: When the owner has the allowed number of streams.
-        PortsExhausted: When no gateway has ports enough.
-        CapacityExhausted: When no gateway can carry the reserved rate; the message says what is free.
+        PolicyDenied: The owner has what is allowed to one owner.
+        PortsExhausted: Too few gateways have ports enough.
+        CapacityExhausted: Too few gateways are there, not draining, or have enough of the rate or the connections
+            free; the message says what is free.
     """
+    needed = request.rate_mbits_per_s if request.reserve_rate else 0
+    _admit_owner(request, needed, facility, usage)
+    shares = [_share(request, number, needed) for number in range(request.gateways)]
+    left = _not_draining(request, facility, usage)
+    left = _with_room(left, shares, facility, usage, "ports")
+    left = _with_room(left, shares, facility, usage, "mbits_per_s")
+    left = _with_room(left, shares, facility, usage, "connections")
+    placed = []
+    for share in shares:  # the larger ones first: where these fit, the smaller ones do
+        able = [
+            one for one in left if all(_free(one, usage, what) >= _of(share, what) for what in _RESOURCES)
+        ]
+        if not able:
+            raise CapacityExhausted(
+                f"no {request.gateways} gateways of facility {facility.name} have ports, rate and connections free at"
+                f" once for {request.num_conn} listeners",
+                which=facility.name,
+                hint="Ask for fewer listeners, connections or Mbit/s, or later",
+            )
+        best = max(able, key=lambda one: _preference(one, len(share.indices), usage))
+        left.remove(best)
+        placed.append(share._replace(gateway=best.name))
+    return placed
+
+
+def _admit_owner(request: Request, needed: int, facility: FacilityConfig, usage: Usage) -> None:
     limit = facility.policy.max_streams_per_owner
     if usage.streams_of_owner >= limit:
         raise PolicyDenied(
@@ -113,36 +189,139 @@ def place(request: Request, facility: FacilityConfig, usage: Usage) -> GatewayCo
             hint="Release one first",
             limit=limit,
         )
-    roomy = [one for one in facility.gateways if _free_ports(one, usage) >= request.num_conn]
-    if not roomy:
-        free = max(_free_ports(one, usage) for one in facility.gateways)
-        raise PortsExhausted(
-            f"no gateway of facility {facility.name} has {request.num_conn} ports free",
+    limit = facility.policy.max_reserved_mbits_per_s_per_owner
+    if limit and needed and usage.reserved_of_owner_mbits_per_s + needed > limit:
+        raise PolicyDenied(
+            f"the owner has {usage.reserved_of_owner_mbits_per_s} Mbit/s reserved at facility {facility.name}, with"
+            f" {needed} more the limit of {limit} is passed",
+            which=request.uid,
+            hint="Ask for less, for a cap with reserve_rate=false, or release a stream first",
+            limit=limit,
+        )
+
+
+Resource = Literal["ports", "mbits_per_s", "connections"]
+_RESOURCES: Final[tuple[Resource, ...]] = ("ports", "mbits_per_s", "connections")
+
+
+def _share(request: Request, number: int, reserved: int) -> Share:
+    indices = tuple(range(number, request.num_conn, request.gateways))
+    return Share(
+        gateway="",
+        indices=indices,
+        connections=len(indices) * request.max_connections,
+        reserved_mbits_per_s=-(-reserved * len(indices) // request.num_conn),
+    )
+
+
+def share_of_rate(rate_mbits_per_s: int, indices: Sequence[int], *, num_conn: int, gateways: int) -> int:
+    """What the relay with these listeners enforces of a stream's rate, Mbit/s: all shares add up to the rate.
+
+    A rate has whole Mbit/s, and 0 is no limit: of fewer Mbit/s than relays each has 1.
+    """
+    if rate_mbits_per_s == 0:
+        return 0
+    before = sum(len(range(number, num_conn, gateways)) for number in range(indices[0] % gateways))
+    upper = rate_mbits_per_s * (before + len(indices)) // num_conn
+    return max(1, upper - rate_mbits_per_s * before // num_conn)
+
+
+def _not_draining(request: Request, facility: FacilityConfig, usage: Usage) -> list[GatewayConfig]:
+    left = [one for one in facility.gateways if one.name not in usage.draining]
+    if len(left) >= request.gateways:
+        return left
+    draining = [one.name for one in facility.gateways if one.name in usage.draining]
+    if draining and not left:
+        words = (
+            f"every gateway of facility {facility.name} is draining for maintenance: {', '.join(draining)}"
+        )
+    else:
+        words = (
+            f"{request.gateways} gateways were asked for, facility {facility.name} has {len(left)} to use"
+            + (f"; draining for maintenance: {', '.join(draining)}" if draining else "")
+        )
+    raise CapacityExhausted(
+        words,
+        which=facility.name,
+        hint=f"Ask for gateways={len(left)} at most" + (", or later" if draining else "")
+        if left
+        else "Ask later",
+        free=len(left),
+        draining=draining,
+    )
+
+
+def _with_room(
+    gateways: list[GatewayConfig],
+    shares: Sequence[Share],
+    facility: FacilityConfig,
+    usage: Usage,
+    what: Resource,
+) -> list[GatewayConfig]:
+    """Those of the gateways that have room for the smallest share, if the shares find room on them."""
+    needs = [_of(share, what) for share in shares]
+    room = sorted((_free(one, usage, what) for one in gateways), reverse=True)
+    if all(free >= need for free, need in zip(room, needs, strict=False)):  # both begin with the largest
+        return [one for one in gateways if _free(one, usage, what) >= needs[-1]]
+    raise _exhausted(what, shares, room, facility)
+
+
+def _exhausted(
+    what: Resource, shares: Sequence[Share], room: Sequence[int], facility: FacilityConfig
+) -> CapacityExhausted:
+    many = len(shares) > 1
+    need = _of(shares[0], what)
+    free = room[len(shares) - 1] if many else room[0]
+    subject = f"fewer than {len(shares)} gateways" if many else "no gateway"
+    on_each = " on each of them" if many else ""
+    if what == "ports":
+        least = f"Ask for num_conn={free * len(shares)} at most, or later"
+        return PortsExhausted(
+            f"{subject} of facility {facility.name} {'have' if many else 'has'} {need} ports free",
             which=facility.name,
-            hint=f"Ask for num_conn={free} at most, or later" if free else "Release a stream, or ask later",
+            hint=least if free else "Release a stream, or ask later",
             free=free,
         )
-    needed = request.rate_mbits_per_s if request.reserve_rate else 0
-    able = [one for one in roomy if needed == 0 or _free_mbits_per_s(one, usage) >= needed]
-    if not able:
-        free = max(_free_mbits_per_s(one, usage) for one in roomy)
-        raise CapacityExhausted(
-            f"no gateway of facility {facility.name} can carry {needed} Mbit/s more",
+    if what == "connections":
+        return CapacityExhausted(
+            f"{subject} of facility {facility.name} can take {need} connections more",
             which=facility.name,
-            hint=f"{free} Mbit/s are free: ask for less, or with rate_mbits_per_s=0 for best effort",
-            free_mbits_per_s=free,
+            hint=f"{free} are free{on_each}: ask for less with num_conn or max_connections, or later",
+            free_connections=free,
         )
-    return max(able, key=lambda one: (_free_mbits_per_s(one, usage), _free_ports(one, usage)))
+    return CapacityExhausted(
+        f"{subject} of facility {facility.name} can carry {need} Mbit/s more",
+        which=facility.name,
+        hint=f"{free} Mbit/s are free{on_each}: ask for less, or with rate_mbits_per_s=0 for best effort",
+        free_mbits_per_s=free,
+    )
 
 
-def _free_ports(gateway: GatewayConfig, usage: Usage) -> int:
-    return max(0, gateway.port_range.size - usage.listeners.get(gateway.name, 0))
+def _of(share: Share, what: Resource) -> int:
+    if what == "ports":
+        return len(share.indices)
+    return share.connections if what == "connections" else share.reserved_mbits_per_s
 
 
-def _free_mbits_per_s(gateway: GatewayConfig, usage: Usage) -> int:
-    if gateway.capacity_mbits_per_s == 0:
-        return 10_000_000
-    return max(0, gateway.capacity_mbits_per_s - usage.reserved_mbits_per_s.get(gateway.name, 0))
+def _free(gateway: GatewayConfig, usage: Usage, what: Resource) -> int:
+    if what == "ports":
+        return max(0, gateway.port_range.size - usage.listeners.get(gateway.name, 0))
+    if what == "connections":
+        budget, used = gateway.connection_budget, usage.connections.get(gateway.name, 0)
+    else:
+        budget, used = gateway.capacity_mbits_per_s, usage.reserved_mbits_per_s.get(gateway.name, 0)
+    return max(0, budget - used) if budget else _UNCOUNTED
+
+
+def _preference(gateway: GatewayConfig, listeners: int, usage: Usage) -> tuple[bool, int, int, int]:
+    pipes_mib = PIPE_MIB_PER_LISTENER * (usage.listeners.get(gateway.name, 0) + listeners)
+    within_pipes = gateway.pipe_budget_mib == 0 or pipes_mib <= gateway.pipe_budget_mib
+    return (
+        within_pipes,
+        _free(gateway, usage, "mbits_per_s"),
+        _free(gateway, usage, "connections"),
+        _free(gateway, usage, "ports"),
+    )
 
 
 def admit_address(address: str, *, kind: Literal["targets", "peers"], facility: FacilityConfig) -> None:

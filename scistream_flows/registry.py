@@ -38,7 +38,7 @@ NETWORK_FILE_SYSTEMS = frozenset(
     }
 )
 
-_SCHEMA_VERSION = 1
+_SCHEMA_VERSION = 2
 _SCHEMA = """
 CREATE TABLE streams (
     id INTEGER PRIMARY KEY,
@@ -61,6 +61,18 @@ CREATE TABLE relays (
 );
 CREATE INDEX relays_of_stream ON relays (stream);
 """
+# From each layout to the next. A process of the version before that has the database open can go on with it: what it
+# does not write has a default.
+_STEPS = {
+    0: _SCHEMA,
+    1: """
+ALTER TABLE relays ADD COLUMN indices TEXT;
+ALTER TABLE relays ADD COLUMN connections INTEGER NOT NULL DEFAULT 0;
+UPDATE relays SET connections = listeners * coalesce(
+    (SELECT json_extract(request, '$.max_connections') FROM streams WHERE id = stream), 0);
+CREATE TABLE draining (gateway TEXT PRIMARY KEY);
+""",
+}
 
 Phase = Literal["opening", "open", "ended"]
 
@@ -75,11 +87,20 @@ class Key(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True)
 class RelayRow:
-    """A relay that was or will be started: written before the start."""
+    """A relay that was or will be started: written before the start.
+
+    Attributes:
+        relay_id: Its name.
+        gateway: The name of its gateway.
+        indices: The stream's listeners that it has.
+        connections: Concurrent connections booked for it.
+        reserved_mbits_per_s: Rate booked for it, Mbit/s per direction.
+    """
 
     relay_id: str
     gateway: str
-    listeners: int
+    indices: tuple[int, ...]
+    connections: int
     reserved_mbits_per_s: int
 
 
@@ -223,10 +244,19 @@ class Registry:
                 (*key, request.model_dump_json()),
             )
             db.executemany(
-                "INSERT INTO relays (relay_id, stream, gateway, listeners, reserved_mbits_per_s)"
-                " VALUES (?, ?, ?, ?, ?)",
+                "INSERT INTO relays"
+                " (relay_id, stream, gateway, listeners, reserved_mbits_per_s, indices, connections)"
+                " VALUES (?, ?, ?, ?, ?, ?, ?)",
                 [
-                    (one.relay_id, cursor.lastrowid, one.gateway, one.listeners, one.reserved_mbits_per_s)
+                    (
+                        one.relay_id,
+                        cursor.lastrowid,
+                        one.gateway,
+                        len(one.indices),
+                        one.reserved_mbits_per_s,
+                        json.dumps(one.indices),
+                        one.connections,
+                    )
                     for one in relays
                 ],
             )
@@ -258,21 +288,59 @@ class Registry:
         with self._transaction() as db:
             db.execute("DELETE FROM streams WHERE id = ?", (stream.id,))
 
+    def usage(self, owner: str) -> Usage:
+        """What is in use now, and by `owner`."""
+        with self._transaction() as db:
+            return _usage(db, owner)
+
+    # --- gateways
+
+    def drain(self, gateway: str, *, draining: bool) -> bool:
+        """Let a gateway take no new stream, or take them again; answers whether that changed anything."""
+        statement = (
+            "INSERT OR IGNORE INTO draining VALUES (?)"
+            if draining
+            else "DELETE FROM draining WHERE gateway = ?"
+        )
+        with self._transaction() as db:
+            return db.execute(statement, (gateway,)).rowcount > 0
+
     # --- audit
 
-    def audit(self, event: str, key: Key, **details: Any) -> None:
-        """Append one JSON line to `audit.jsonl` (0600): `at, event, owner, uid, role` and the details.
+    def audit_lines(self) -> Iterator[dict[str, Any]]:
+        """The lines of `audit.jsonl`, oldest first. One that is torn, because its writer was killed, is left out.
+
+        Raises:
+            RegistryError: When the file cannot be read.
+        """
+        try:
+            with (self.state_dir / "audit.jsonl").open("rb") as lines:
+                for line in lines:
+                    with contextlib.suppress(ValueError):
+                        document = json.loads(line)
+                        if isinstance(document, dict):
+                            yield document
+        except FileNotFoundError:
+            return
+        except OSError as wrong:
+            raise _unusable(self.state_dir, wrong) from wrong
+
+    def audit(self, event: str, key: Key | None, **details: Any) -> None:
+        """Append one JSON line to `audit.jsonl` (0600): `at, event`, of a stream `owner, uid, role`, and the details.
 
         Raises:
             RegistryError: When the line cannot be written.
         """
-        at = datetime.now(timezone.utc).isoformat(timespec="milliseconds").replace("+00:00", "Z")
-        line = json.dumps({"at": at, "event": event, **key._asdict(), **details}) + "\n"
+        at = said_at(time.time())
+        line = json.dumps({"at": at, "event": event, **(key._asdict() if key else {}), **details}) + "\n"
         try:
             file = os.open(
-                self.state_dir / "audit.jsonl", os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o600
+                self.state_dir / "audit.jsonl", os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o600
             )
             try:
+                size = os.fstat(file).st_size
+                if size and os.pread(file, 1, size - 1) != b"\n":  # torn: its writer was killed
+                    line = "\n" + line
                 os.write(file, line.encode())  # one write: lines of several processes do not mix
             finally:
                 os.close(file)
@@ -319,9 +387,10 @@ class Registry:
             db.execute("PRAGMA foreign_keys = ON")
             db.execute("BEGIN IMMEDIATE")
             version = db.execute("PRAGMA user_version").fetchone()[0]
-            if version == 0:
-                for statement in _SCHEMA.split(";\n"):
-                    db.execute(statement)
+            if version < _SCHEMA_VERSION:
+                for step in range(version, _SCHEMA_VERSION):
+                    for statement in _STEPS[step].split(";\n"):
+                        db.execute(statement)
                 db.execute(f"PRAGMA user_version = {_SCHEMA_VERSION}")
             elif version != _SCHEMA_VERSION:
                 raise RegistryError(
@@ -334,6 +403,12 @@ class Registry:
             db.close()
             raise
         return db
+
+
+def said_at(time_s: float) -> str:
+    """A moment, seconds since 1970, as the audit log writes it; texts are in the order of the moments."""
+    at = datetime.fromtimestamp(time_s, timezone.utc)
+    return at.isoformat(timespec="milliseconds").replace("+00:00", "Z")
 
 
 def not_found(uid: str, role: Role) -> NotFound:
@@ -357,7 +432,8 @@ def _stream(db: sqlite3.Connection, row: sqlite3.Row) -> StreamRow:
             RelayRow(
                 relay_id=one["relay_id"],
                 gateway=one["gateway"],
-                listeners=one["listeners"],
+                indices=_indices(one),
+                connections=one["connections"],
                 reserved_mbits_per_s=one["reserved_mbits_per_s"],
             )
             for one in relays
@@ -366,18 +442,34 @@ def _stream(db: sqlite3.Connection, row: sqlite3.Row) -> StreamRow:
     )
 
 
+def _indices(relay: sqlite3.Row) -> tuple[int, ...]:
+    # written down since layout 2: before, a relay had all listeners of its stream
+    text = relay["indices"]
+    return tuple(range(relay["listeners"]) if text is None else json.loads(text))
+
+
 def _usage(db: sqlite3.Connection, owner: str) -> Usage:
     streams = db.execute(
         "SELECT count(*) FROM streams WHERE owner = ? AND phase != 'ended'", (owner,)
     ).fetchone()[0]
+    reserved = db.execute(
+        "SELECT total(reserved_mbits_per_s) FROM relays JOIN streams ON streams.id = relays.stream"
+        " WHERE owner = ? AND phase != 'ended'",
+        (owner,),
+    ).fetchone()[0]
     rows = db.execute(
-        "SELECT gateway, sum(listeners) AS listeners, sum(reserved_mbits_per_s) AS reserved FROM relays"
-        " JOIN streams ON streams.id = relays.stream WHERE phase != 'ended' GROUP BY gateway"
+        "SELECT gateway, count(*) AS streams, sum(listeners) AS listeners, sum(connections) AS connections,"
+        " sum(reserved_mbits_per_s) AS reserved"
+        " FROM relays JOIN streams ON streams.id = relays.stream WHERE phase != 'ended' GROUP BY gateway"
     ).fetchall()
     return Usage(
         streams_of_owner=streams,
+        reserved_of_owner_mbits_per_s=int(reserved),
+        streams={row["gateway"]: row["streams"] for row in rows},
         reserved_mbits_per_s={row["gateway"]: row["reserved"] for row in rows},
         listeners={row["gateway"]: row["listeners"] for row in rows},
+        connections={row["gateway"]: row["connections"] for row in rows},
+        draining=frozenset(row["gateway"] for row in db.execute("SELECT gateway FROM draining")),
     )
 
 

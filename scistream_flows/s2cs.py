@@ -1,4 +1,4 @@
-"""The control logic of one facility: request, hello, update, status, renew, release, list.
+"""The control logic of one facility: request, hello, update, status, renew, release, list; and its administration.
 
 Each verb takes a document and answers one. The registry is brought into line with the relays that really run at
 every call, so that a crash anywhere leaves at most what the next call, or the lease, clears away.
@@ -14,14 +14,15 @@ import secrets
 import socket
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from types import TracebackType
-from typing import Any, Final, Literal, TypeAlias
+from typing import Any, Final, Literal, TypeAlias, TypeVar
 
 from pydantic import BaseModel
 
-from scistream_flows import policy
+from scistream_flows import policy, route, side
 from scistream_flows.config import FacilityConfig, GatewayConfig
 from scistream_flows.errors import (
     PROTOCOL,
@@ -31,6 +32,7 @@ from scistream_flows.errors import (
     GatewayUnreachable,
     NotFound,
     PolicyDenied,
+    PortsExhausted,
     ProtocolMismatch,
     RelayError,
     RelayLost,
@@ -39,16 +41,12 @@ from scistream_flows.errors import (
 from scistream_flows.gateway import Gateway, connect_gateway
 from scistream_flows.models import (
     URN_PATTERN,
-    Connections,
-    Counts,
+    GatewayReport,
     Hello,
-    Limiting,
-    Listener,
     Listing,
     ListQuery,
     Offer,
     OfferedRelay,
-    Rates,
     RelayListener,
     RelayStatus,
     Release,
@@ -56,7 +54,6 @@ from scistream_flows.models import (
     Renewal,
     Request,
     Role,
-    State,
     Status,
     StatusQuery,
     Update,
@@ -66,28 +63,22 @@ from scistream_flows.models import (
     split_address,
 )
 from scistream_flows.policy import Right, Usage
-from scistream_flows.registry import Key, Registry, RelayRow, StreamRow, not_found
+from scistream_flows.registry import Key, Registry, RelayRow, StreamRow, not_found, said_at
 from scistream_flows.relay import Relays
 
 log = logging.getLogger(__name__)
 
 Caller: TypeAlias = str | Sequence[str]
+A = TypeVar("A")
+T = TypeVar("T")
 
 LOCK_TIMEOUT_S: Final = 30.0
 SWEEP_INTERVAL_S: Final = 1.0
 GATEWAY_RETRY_S: Final = 30.0  # so long a gateway that did not answer is not asked, unless it is needed
 
-VERBS: Final = ("request", "hello", "update", "status", "renew", "release", "list")
+GROUP_URN: Final = "urn:globus:groups:id:"
 
-# How far a side has come; of several relays the least advanced one counts.
-_PROGRESS: Final[tuple[State, ...]] = (
-    "REQUESTED",
-    "WAITING_HELLO",
-    "LISTENING",
-    "READY",
-    "STREAMING",
-    "DRAINING",
-)
+VERBS: Final = ("request", "hello", "update", "status", "renew", "release", "list")
 
 
 def unix_owner() -> str:
@@ -148,7 +139,8 @@ class S2CS:
             RelayError: The relay did not start; nothing is left.
         """
         request = read(Request, document)
-        key = Key(_caller(owner)[0], request.uid, request.role)
+        caller = _caller(owner)
+        key = Key(caller[0], request.uid, request.role)
         began = time.monotonic()
         self._sweep()
         with self._registry.lock(key, timeout_s=LOCK_TIMEOUT_S), self._denials_audited(key):
@@ -157,7 +149,7 @@ class S2CS:
                 offer = self._again(existing, request)
                 if offer is not None:
                     return offer
-            return self._open(key, request, began)
+            return self._open(key, request, caller, began)
 
     def hello(
         self,
@@ -187,7 +179,7 @@ class S2CS:
                 policy.admit_consumers(asked, self.config)
                 known = [source for relay in living for source in relay.sources]
                 changes = {"sources": list(dict.fromkeys([*known, *asked]))}
-            reports = self._change(stream, changes)
+            reports = self._change(stream, lambda _: changes)
             self._registry.audit("hello", stream.key, **changes)
             return self._offer(stream, reports)
 
@@ -219,9 +211,9 @@ class S2CS:
                         hint="Release the stream and request the higher rate",
                     )
                 changes["rate_mbits_per_s"] = update.rate_mbits_per_s
-            reports = self._change(stream, changes)
+            reports = self._change(stream, lambda row: _with_share(changes, row, stream.request))
             self._registry.audit("update", stream.key, **changes)
-            return _status(stream, self._named(stream, reports))
+            return side.status(stream, self._named(stream, reports))
 
     def status(
         self,
@@ -236,7 +228,8 @@ class S2CS:
         """
         query = read(StatusQuery, document)
         self._sweep(at_most_every_s=SWEEP_INTERVAL_S)
-        return self._report(self._find(query.uid, query.role, query.owner, owner, right="monitor"))
+        stream = self._find(query.uid, query.role, query.owner, owner, right="monitor", administrators=True)
+        return self._report(stream, self._asked(stream))
 
     def renew(self, document: Renewal | Mapping[str, Any] | str, *, owner: Caller | None = None) -> Status:
         """Renew the lease; on a side that has ended, answer how it ended.
@@ -247,12 +240,14 @@ class S2CS:
         """
         renewal = read(Renewal, document)
         self._sweep(at_most_every_s=SWEEP_INTERVAL_S)
-        stream = self._find(renewal.uid, renewal.role, renewal.owner, owner, right="manage")
-        lease_s = renewal.lease_s or stream.request.lease_s
-        policy.admit_at_most("lease_s", lease_s, self.config.policy.longest_lease_s, self.config)
-        return self._report(
-            stream, lambda row: self._relays(row.gateway).renew(row.relay_id, lease_s=lease_s)
+        stream = self._find(
+            renewal.uid, renewal.role, renewal.owner, owner, right="manage", administrators=True
         )
+        lease_s = renewal.lease_s or stream.request.lease_s
+        # what was admitted with the request stays so, whoever renews it
+        limit = max(self.config.policy.of(_caller(owner)).longest_lease_s, stream.request.lease_s)
+        policy.admit_at_most("lease_s", lease_s, limit, self.config)
+        return self._report(stream, self._renewed(stream, lease_s))
 
     def release(
         self, document: Release | Mapping[str, Any] | str, *, owner: Caller | None = None
@@ -266,13 +261,14 @@ class S2CS:
         release = read(Release, document)
         self._sweep(at_most_every_s=SWEEP_INTERVAL_S)
         try:
-            with self._managed(release.uid, release.role, release.owner, owner) as found:
-                stream = found
-                if stream.phase != "ended":
-                    stream = self._close(
-                        stream, [self._stop(stream, row, "released") for row in stream.relays]
-                    )
-                end = _status(stream, stream.ended)
+            with self._managed(
+                release.uid, release.role, release.owner, owner, administrators=True, settle=False
+            ) as stream:
+                caller = _caller(owner)
+                reason: Literal["released", "admin"] = (
+                    "released" if _may("manage", stream, caller) else "admin"
+                )
+                end = self._end(stream, reason, caller=caller[0])
         except NotFound:
             return Released(uid=release.uid, role=release.role)
         return Released(uid=release.uid, role=release.role, end=end)
@@ -283,16 +279,26 @@ class S2CS:
         *,
         owner: Caller | None = None,
     ) -> Listing:
-        """The streams that the caller owns, manages or monitors."""
+        """The streams that the caller owns, manages or monitors; for an administrator, on request, everybody's.
+
+        A stream on a gateway that does not answer is listed with what is known, and `message` says why it is no more.
+
+        Raises:
+            PolicyDenied: `all_owners` of a caller who is no administrator.
+        """
         query = read(ListQuery, document)
-        self._sweep()
         caller = _caller(owner)
-        streams = self._registry.streams("opening", "open", *(("ended",) if query.include_ended else ()))
-        visible = [stream for stream in streams if _may("monitor", stream, caller)]
-        reports = [self._report(stream) for stream in visible]
-        return Listing(
-            facility=self.config.name,
-            streams=[report for report in reports if query.include_ended or not report.ended],
+        if query.all_owners and not policy.administers(caller, self.config):
+            self._registry.audit("deny", None, owner=caller[0], verb="list", which="all_owners")
+            raise PolicyDenied(
+                f"{caller[0]} may not list the streams of everybody at facility {self.config.name}",
+                which=caller[0],
+                hint=f"Administrators may: policy.administrators in {self.config.file or 'its configuration'}",
+                key="policy.administrators",
+            )
+        return self._listing(
+            lambda stream: query.all_owners or _may("monitor", stream, caller),
+            include_ended=query.include_ended,
         )
 
     def answer(
@@ -314,6 +320,129 @@ class S2CS:
             return {"protocol": PROTOCOL, "ok": False, "error": error.to_document()}
         return {"protocol": PROTOCOL, "ok": True, "value": value.model_dump(mode="json")}
 
+    def names_groups(self, uid: str | None = None) -> bool:
+        """Whether a Globus group has rights here, or on a stream: then the caller's groups have to be among its URNs.
+
+        Args:
+            uid: The name of the streams that count; by default all.
+        """
+        policy_names = self.config.policy.model_dump_json(include={"users", "administrators", "quota"})
+        streams = (
+            [*self._registry.named(uid, "PROD"), *self._registry.named(uid, "CONS")]
+            if uid is not None
+            else self._registry.streams("opening", "open", "ended")
+        )
+        rights = [urn for one in streams for urn in (*one.request.managers, *one.request.monitors)]
+        return any(GROUP_URN in text for text in (policy_names, *rights))
+
+    # --- administration: for who holds the state directory, not reached by `answer`
+
+    def survey(self, *, owner: str | None = None, include_ended: bool = False) -> Listing:
+        """The streams of everybody, or of one owner. A gateway that does not answer is no error, as in `list`."""
+        return self._listing(
+            lambda stream: owner in (None, stream.key.owner),
+            include_ended=include_ended,
+        )
+
+    def evict(
+        self, *, owner: str | None = None, uid: str | None = None, role: Role | None = None
+    ) -> Sequence[Released]:
+        """End the streams of this owner, name and role, each where given, for the reason `admin`.
+
+        Raises:
+            ScistreamError: Why the first one could not be ended; all others are. `details["left"]` names those left.
+        """
+        self._sweep()
+        released: list[Released] = []
+        failures: dict[Key, ScistreamError] = {}
+        for one in self._registry.streams("opening", "open"):
+            key = one.key
+            if owner not in (None, key.owner) or uid not in (None, key.uid) or role not in (None, key.role):
+                continue
+            try:
+                with self._registry.lock(key, timeout_s=LOCK_TIMEOUT_S):
+                    stream = self._registry.find(key)
+                    if stream is not None and stream.phase != "ended":
+                        end = self._end(stream, "admin", caller=unix_owner())
+                        released.append(Released(uid=key.uid, role=key.role, end=end))
+            except ScistreamError as wrong:
+                failures[key] = wrong
+        if failures:
+            first = next(iter(failures.values()))
+            first.details["left"] = [key._asdict() for key in failures]
+            raise first
+        return released
+
+    def drain(self, gateway: str) -> None:
+        """Let a gateway take no new stream, in every process of this facility. Running ones go on.
+
+        Raises:
+            NotFound: The configuration has no such gateway.
+        """
+        self._set_draining(gateway, draining=True)
+
+    def undrain(self, gateway: str) -> None:
+        """Let a gateway take new streams again.
+
+        Raises:
+            NotFound: The configuration has no such gateway.
+        """
+        self._set_draining(gateway, draining=False)
+
+    def _set_draining(self, gateway: str, *, draining: bool) -> None:
+        names = [one.name for one in self.config.gateways]
+        if gateway not in names:
+            raise NotFound(
+                f"facility {self.config.name} has no gateway {gateway!r}",
+                which=gateway,
+                hint=f"Its gateways: {', '.join(names)}",
+            )
+        if self._registry.drain(gateway, draining=draining):
+            self._registry.audit(
+                "drain" if draining else "undrain", None, owner=unix_owner(), gateway=gateway
+            )
+
+    def gateways(self) -> Sequence[GatewayReport]:
+        """Every gateway: whether it answers just now, and what of it is booked."""
+        names = [one.name for one in self.config.gateways]
+        running = dict(zip(names, _each(partial(self._running, ask_anyway=True), names), strict=True))
+        self._sweep()
+        usage = self._registry.usage(unix_owner())
+        return [
+            GatewayReport(
+                name=one.name,
+                kind=one.kind,
+                draining=one.name in usage.draining,
+                answers=running[one.name] is not None,
+                message=None if running[one.name] is not None else self._why_silent(one.name),
+                streams=usage.streams.get(one.name, 0),
+                listeners=usage.listeners.get(one.name, 0),
+                ports=one.port_range.size if one.port_range.first else 0,
+                connections=usage.connections.get(one.name, 0),
+                connection_budget=one.connection_budget,
+                reserved_mbits_per_s=usage.reserved_mbits_per_s.get(one.name, 0),
+                capacity_mbits_per_s=one.capacity_mbits_per_s,
+            )
+            for one in self.config.gateways
+        ]
+
+    def audit(
+        self, *, owner: str | None = None, uid: str | None = None, since_s: float | None = None
+    ) -> Iterator[Mapping[str, Any]]:
+        """The lines of the audit log, oldest first.
+
+        Args:
+            owner: Only what concerns this owner.
+            uid: Only what concerns streams of this name.
+            since_s: Only what happened in the last so many seconds.
+        """
+        earliest = "" if since_s is None else said_at(max(0.0, time.time() - since_s))
+        for line in self._registry.audit_lines():
+            if owner not in (None, line.get("owner")) or uid not in (None, line.get("uid")):
+                continue
+            if str(line.get("at", "")) >= earliest:
+                yield line
+
     # --- opening
 
     def _again(self, stream: StreamRow, request: Request) -> Offer | None:
@@ -330,42 +459,75 @@ class S2CS:
                 fields=differing,
             )
         reports = self._renewed(stream, request.lease_s)
-        if any(report.ended for report in reports):
-            self._close(stream, self._stop_the_living(stream, reports))
+        if side.is_over(reports):
+            self._finish(stream, reports)
             return None
         return self._offer(stream, reports)
 
     def _renewed(self, stream: StreamRow, lease_s: int) -> Sequence[RelayStatus]:
-        return [
-            self._ask(stream, row, lambda row: self._relays(row.gateway).renew(row.relay_id, lease_s=lease_s))
-            for row in stream.relays
-        ]
+        return self._asked(stream, lambda row: self._relays(row.gateway).renew(row.relay_id, lease_s=lease_s))
 
-    def _open(self, key: Key, request: Request, began: float) -> Offer:
-        policy.admit(request, self.config)
+    def _open(self, key: Key, request: Request, caller: Sequence[str], began: float) -> Offer:
+        facility = self.config.model_copy(update={"policy": self.config.policy.of(caller)})
+        policy.admit_user(caller, facility, service=unix_owner())
+        policy.admit(request, facility)
         onwards = self._onwards(request)
         if request.consumers:
-            policy.admit_consumers(request.consumers, self.config)
+            policy.admit_consumers(request.consumers, facility)
+        usable = tuple(one for one in self.config.gateways if one.name in onwards)
         skipped = {name: wrong for name, (at, wrong) in self._silent.items() if at >= began}
         for name, wrong in skipped.items():
             self._skip(key, name, wrong)
-        while gateways := self._worth_asking(skipped):
-            facility = self.config.model_copy(update={"gateways": gateways})
+        while True:
+            gateways = self._worth_asking(usable, request.gateways, skipped)
+            if skipped and len(gateways) < request.gateways:
+                raise self._too_few(request, len(gateways), skipped)
             try:
-                return self._open_on(facility, key, request, onwards)
-            except GatewayUnreachable as wrong:
-                if wrong.which not in [one.name for one in gateways]:
-                    raise
-                self._silent[wrong.which] = (time.monotonic(), wrong)
+                return self._open_on(
+                    facility.model_copy(update={"gateways": gateways}), key, request, onwards
+                )
+            except (GatewayUnreachable, PortsExhausted) as wrong:
+                # what the placement refuses is final; a gateway that refuses may have a port taken by others
+                if wrong.which not in [one.name for one in gateways] or "free" in wrong.details:
+                    raise self._with_the_rest(wrong, gateways, skipped) from None
+                if isinstance(wrong, GatewayUnreachable):
+                    self._silent[wrong.which] = (time.monotonic(), wrong)
                 skipped[wrong.which] = wrong
                 self._skip(key, wrong.which, wrong)
-        if len(skipped) == 1:
-            raise next(iter(skipped.values()))
-        raise GatewayUnreachable(
-            f"no gateway of facility {self.config.name} can be used: "
+            except CapacityExhausted as full:
+                raise self._with_the_rest(full, gateways, skipped) from None
+
+    def _with_the_rest(
+        self,
+        wrong: ScistreamError,
+        asked: Sequence[GatewayConfig],
+        skipped: Mapping[str, ScistreamError],
+    ) -> ScistreamError:
+        """The same error, whose hint names the gateways that were not asked, and why."""
+        names = [one.name for one in asked]
+        for one in self.config.gateways:
+            if one.name not in names:
+                _, silent = self._silent.get(one.name, (0, None))
+                why = skipped.get(one.name, silent)
+                words = why.message if why else "it cannot dial the other facility, or may not"
+                wrong.hint += f"; not asked: gateway {one.name}, {words}"
+        return wrong
+
+    def _too_few(self, request: Request, left: int, skipped: Mapping[str, ScistreamError]) -> ScistreamError:
+        first = next(iter(skipped.values()))
+        if request.gateways == len(skipped) == 1:
+            return first
+        of = f"gateway of facility {self.config.name} can be used"
+        kind = (
+            PortsExhausted
+            if all(isinstance(one, PortsExhausted) for one in skipped.values())
+            else GatewayUnreachable
+        )
+        return kind(
+            (f"no {of}: " if not left else f"{request.gateways} gateways were asked for, only {left} {of}: ")
             + "; ".join(wrong.message for wrong in skipped.values()),
             which=self.config.name,
-            hint=next(iter(skipped.values())).hint,
+            hint=first.hint,
             gateways={name: wrong.message for name, wrong in skipped.items()},
         )
 
@@ -373,34 +535,49 @@ class S2CS:
         log.warning("stream %s (%s): gateway %s is skipped: %s", key.uid, key.role, gateway, wrong.message)
         self._registry.audit("skip", key, gateway=gateway, message=wrong.message)
 
-    def _worth_asking(self, skipped: Mapping[str, object]) -> Sequence[GatewayConfig]:
-        """The gateways not skipped; of these only such that did not fail lately, as long as there are any."""
-        left = tuple(one for one in self.config.gateways if one.name not in skipped)
-        return tuple(one for one in left if not self._silent_lately(one.name)) or left
+    def _worth_asking(
+        self, usable: Sequence[GatewayConfig], count: int, skipped: Mapping[str, object]
+    ) -> Sequence[GatewayConfig]:
+        """The gateways not skipped; of these only such that did not fail lately, as long as there are enough."""
+        left = tuple(one for one in usable if one.name not in skipped)
+        fresh = tuple(one for one in left if not self._silent_lately(one.name))
+        if len(fresh) == len(left):
+            return left
+        draining = self._registry.usage("").draining
+        return fresh if sum(one.name not in draining for one in fresh) >= count else left
 
     def _silent_lately(self, gateway: str) -> bool:
         at, _ = self._silent.get(gateway, (None, None))
         return at is not None and time.monotonic() - at < GATEWAY_RETRY_S
 
+    def _why_silent(self, gateway: str) -> str:
+        _, wrong = self._silent.get(gateway, (0, None))
+        return "it does not answer" if wrong is None else wrong.message
+
     def _open_on(
-        self, facility: FacilityConfig, key: Key, request: Request, onwards: Mapping[str, Any]
+        self,
+        facility: FacilityConfig,
+        key: Key,
+        request: Request,
+        onwards: Mapping[str, Mapping[str, Any]],
     ) -> Offer:
         def place(usage: Usage) -> Sequence[RelayRow]:
-            gateway = policy.place(request, facility, usage)
             return [
                 RelayRow(
                     relay_id=secrets.token_hex(16),
-                    gateway=gateway.name,
-                    listeners=request.num_conn,
-                    reserved_mbits_per_s=_reserved(request),
+                    gateway=share.gateway,
+                    indices=share.indices,
+                    connections=share.connections,
+                    reserved_mbits_per_s=share.reserved_mbits_per_s,
                 )
+                for share in policy.place(request, facility, usage)
             ]
 
         _step("opening", key)
         stream = self._registry.claim(key, request, place)
         try:
             _step("claimed", key)
-            reports = [self._start(row, stream, onwards) for row in stream.relays]
+            reports = _each(lambda row: self._start(row, stream, onwards[row.gateway]), stream.relays)
             _step("started", key)
             offer = self._offer(stream, reports)
             self._registry.audit(
@@ -408,8 +585,9 @@ class S2CS:
                 key,
                 mode=request.mode,
                 relays=[row.relay_id for row in stream.relays],
+                gateways=[row.gateway for row in stream.relays],
                 listeners=offer.addresses,
-                **onwards,
+                **onwards[stream.relays[0].gateway],
             )
             self._registry.opened(stream, offer)
         except BaseException as wrong:
@@ -421,6 +599,7 @@ class S2CS:
     def _start(self, row: RelayRow, stream: StreamRow, onwards: Mapping[str, Any]) -> RelayStatus:
         request = stream.request
         gateway = self._gateway(row.gateway)
+        addresses = gateway.config.listen_addresses(request.role)
         sources: Sequence[str] = ()
         if request.role == "CONS":
             sources = request.consumers or policy.default_consumers(self.config)
@@ -431,17 +610,17 @@ class S2CS:
                 "role": request.role,
                 "mode": request.mode,
                 "listen": {
-                    "address": gateway.config.listen_address(request.role),
+                    **({"address": addresses[0]} if len(addresses) == 1 else {"addresses": addresses}),
                     "first_port": gateway.config.port_range.first,
                     "last_port": gateway.config.port_range.last,
-                    "indices": list(range(row.listeners)),
+                    "indices": row.indices,
                 },
                 "sources": list(sources),
-                "onward_source": _source_for(gateway.config.onward_source(request.role), onwards),
+                "onward_source": route.source(gateway.config.onward_sources(request.role), onwards),
                 "probe": request.probe,
                 "until": request.until,
                 "max_connections": request.max_connections,
-                "rate_mbits_per_s": request.rate_mbits_per_s,
+                "rate_mbits_per_s": _share_of_rate(request.rate_mbits_per_s, row, request),
                 "lease_s": request.lease_s,
                 "lifetime_s": request.lifetime_s,
                 "hello_timeout_s": request.hello_timeout_s,
@@ -470,24 +649,31 @@ class S2CS:
         with contextlib.suppress(ScistreamError):
             self._registry.audit("fail", stream.key, message=message)
 
-    def _onwards(self, request: Request) -> dict[str, Any]:
-        """Where the relay connects to, resolved and admitted: the relay gets numbers."""
+    def _onwards(self, request: Request) -> Mapping[str, Mapping[str, Any]]:
+        """Where the relay of each gateway connects to, resolved and admitted: the relay gets numbers.
+
+        A gateway is left out that has no address of an IP version in which PROD listens, as long as another one has, or
+        that may not dial what it would.
+        """
+        gateways = self.config.gateways
         if request.role == "PROD":
-            return {"targets": self._targets(request.targets), "peers": []}
+            targets = self._targets(request.targets)
+            return {one.name: {"targets": targets, "peers": []} for one in gateways}
         offer = request.offer
         if offer is None:
             raise BadRequest("offer: a CONS request needs the offer of PROD", which=request.uid)
-        for address in offer.addresses:
-            policy.admit_address(address, kind="peers", facility=self.config)
-        peers = [
-            {
-                "relay_id": relay.relay_id,
-                "public_key": relay.public_key,
-                "listeners": [one.model_dump() for one in relay.listeners],
-            }
-            for relay in offer.relays
-        ]
-        return {"targets": [], "peers": peers}
+        onwards, denied = {}, None
+        for gateway in [one for one in gateways if route.can_dial(one, offer)] or gateways:
+            peers = route.peers(offer, gateway)
+            try:
+                for address in route.dialled(peers):
+                    policy.admit_address(address, kind="peers", facility=self.config)
+                onwards[gateway.name] = {"targets": [], "peers": peers}
+            except PolicyDenied as wrong:
+                denied = denied or wrong
+        if denied is not None and not onwards:
+            raise denied
+        return onwards
 
     def _targets(self, targets: Sequence[str]) -> Sequence[str]:
         return [self._target(one) for one in targets]
@@ -520,22 +706,21 @@ class S2CS:
 
     def _offer(self, stream: StreamRow, reports: Sequence[RelayStatus]) -> Offer:
         request = stream.request
+        lease_s = min(report.lease_remaining_s or 0 for report in reports if not report.ended)
+        if (
+            stream.offer is not None
+        ):  # of several relays one may have ended, and say no more where it listened
+            return stream.offer.model_copy(update={"lease_remaining_s": lease_s})
         relays = []
         for row, report in zip(stream.relays, reports, strict=True):
             config = self._gateway(row.gateway).config
-            advertised = config.advertised_address(request.role)
             relays.append(
                 OfferedRelay(
                     relay_id=row.relay_id,
                     gateway=row.gateway,
                     public_key=report.public_key or "",
-                    dial_addresses=list(_dial_addresses(config, request)),
-                    listeners=[
-                        Listener(
-                            index=one.index, address=join_address(advertised, split_address(one.address)[1])
-                        )
-                        for one in report.listeners
-                    ],
+                    dial_addresses=list(route.dial_addresses(config, request)),
+                    listeners=route.advertised(config, request.role, report.listeners),
                 )
             )
         return Offer(
@@ -543,23 +728,32 @@ class S2CS:
             role=request.role,
             mode=request.mode,
             dial=request.dial,
-            lease_remaining_s=min(report.lease_remaining_s or 0 for report in reports),
+            lease_remaining_s=lease_s,
             relays=relays,
         )
 
-    def _change(self, stream: StreamRow, changes: Mapping[str, Any]) -> Sequence[RelayStatus]:
-        return [
-            self._ask(stream, row, lambda row: self._relays(row.gateway).update(row.relay_id, changes))
-            for row in stream.relays
-        ]
+    def _change(
+        self, stream: StreamRow, changes: Callable[[RelayRow], Mapping[str, Any]]
+    ) -> Sequence[RelayStatus]:
+        return self._asked(stream, lambda row: self._relays(row.gateway).update(row.relay_id, changes(row)))
 
     # --- finding
 
     def _find(
-        self, uid: str, role: Role, stream_owner: str | None, owner: Caller | None, right: Right
+        self,
+        uid: str,
+        role: Role,
+        stream_owner: str | None,
+        owner: Caller | None,
+        right: Right,
+        *,
+        administrators: bool = False,
     ) -> StreamRow:
+        """The stream of this name for this caller; where `administrators`, one of these may name any owner."""
         caller = _caller(owner)
         named = [one for one in self._registry.named(uid, role) if stream_owner in (None, one.key.owner)]
+        if administrators and named and stream_owner and policy.administers(caller, self.config):
+            return named[0]
         visible = [one for one in named if _may("monitor", one, caller)]
         mine = [one for one in visible if one.key.owner in caller] or visible
         if not mine:
@@ -582,16 +776,23 @@ class S2CS:
 
     @contextlib.contextmanager
     def _managed(
-        self, uid: str, role: Role, stream_owner: str | None, owner: Caller | None
+        self,
+        uid: str,
+        role: Role,
+        stream_owner: str | None,
+        owner: Caller | None,
+        *,
+        administrators: bool = False,
+        settle: bool = True,
     ) -> Iterator[StreamRow]:
-        """A stream the caller may manage, locked, as it is now."""
-        key = self._find(uid, role, stream_owner, owner, right="manage").key
+        """A stream the caller may manage, locked; by default brought into line with its relays."""
+        key = self._find(uid, role, stream_owner, owner, right="manage", administrators=administrators).key
         with self._registry.lock(key, timeout_s=LOCK_TIMEOUT_S):
             stream = self._registry.find(key)
             if stream is None:
                 raise not_found(uid, role)
             with self._denials_audited(key):
-                yield self._settled(stream)
+                yield self._settled(stream) if settle else stream
 
     @contextlib.contextmanager
     def _denials_audited(self, key: Key) -> Iterator[None]:
@@ -603,11 +804,11 @@ class S2CS:
 
     def _living(self, stream: StreamRow) -> Sequence[RelayStatus]:
         """The reports of the relays of a stream that has not ended. The caller holds its lock."""
-        reports = [self._ask(stream, row) for row in stream.relays] if stream.phase == "open" else []
-        if any(report.ended for report in reports):
-            stream = self._close(stream, self._stop_the_living(stream, reports))
+        reports = self._asked(stream)
+        if side.is_over(reports):
+            stream = self._finish(stream, reports)
         if stream.phase == "ended":
-            end = _status(stream, stream.ended)
+            end = side.status(stream, stream.ended)
             raise NotFound(
                 f"stream {stream.key.uid!r} ({stream.key.role}) has ended: {end.reason}",
                 which=stream.key.uid,
@@ -615,6 +816,42 @@ class S2CS:
                 reason=end.reason,
             )
         return reports
+
+    # --- listing
+
+    def _listing(self, wanted: Callable[[StreamRow], bool], *, include_ended: bool) -> Listing:
+        self._sweep()
+        streams = self._registry.streams("opening", "open", *(("ended",) if include_ended else ()))
+        reports = [self._surveyed(stream) for stream in streams if wanted(stream)]
+        return Listing(
+            facility=self.config.name,
+            streams=[report for report in reports if include_ended or not report.ended],
+        )
+
+    def _surveyed(self, stream: StreamRow) -> Status:
+        """The status of a stream; of one that cannot be asked, what is known."""
+        reports: Sequence[RelayStatus] = ()
+        try:
+            if stream.phase == "open":
+                reports = _each(partial(self._ask_if_it_answers, stream), stream.relays)
+                if any(map(side.is_unheard, reports)):
+                    return side.status(stream, self._named(stream, reports))
+            return self._report(stream, reports)
+        except (RelayError, ProtocolMismatch) as wrong:
+            return side.status(stream, reports).model_copy(update={"message": wrong.message})
+        except NotFound as gone:  # released meanwhile, and its name used again
+            return side.status(stream, ()).model_copy(update={"state": "ENDED", "message": gone.message})
+
+    def _ask_if_it_answers(self, stream: StreamRow, row: RelayRow) -> RelayStatus:
+        message = self._why_silent(row.gateway)
+        if not self._silent_lately(row.gateway):
+            try:
+                return self._ask(stream, row)
+            except (RelayError, ProtocolMismatch) as wrong:
+                if isinstance(wrong, GatewayUnreachable):
+                    self._silent[row.gateway] = (time.monotonic(), wrong)
+                message = wrong.message
+        return side.unheard(stream, row, message)
 
     # --- keeping the registry in line
 
@@ -648,18 +885,15 @@ class S2CS:
                 return
             try:
                 self._settled(now)
-            except RelayError as wrong:
+            except (RelayError, ProtocolMismatch) as wrong:
                 log.warning("stream %s (%s) left as it is: %s", stream.key.uid, stream.key.role, wrong)
 
     def _running_everywhere(self) -> Mapping[str, dict[str, bool] | None]:
-        names = list(self._gateways)
-        if len(names) == 1:
-            return {names[0]: self._running(names[0])}
-        with ThreadPoolExecutor(len(names)) as pool:  # one that does not answer keeps the others waiting once
-            return dict(zip(names, pool.map(self._running, names), strict=True))
+        names = list(self._gateways)  # one that does not answer keeps the others waiting once
+        return dict(zip(names, _each(self._running, names), strict=True))
 
-    def _running(self, gateway: str) -> dict[str, bool] | None:
-        if self._silent_lately(gateway):
+    def _running(self, gateway: str, *, ask_anyway: bool = False) -> dict[str, bool] | None:
+        if not ask_anyway and self._silent_lately(gateway):
             return None
         try:
             running = {one.relay_id: one.alive for one in self._relays(gateway).list()}
@@ -684,9 +918,9 @@ class S2CS:
         """The stream brought into line with its relays. The caller holds its lock."""
         if stream.phase == "ended":
             return stream
-        reports = [self._ask(stream, row) for row in stream.relays]
-        if any(report.ended for report in reports):
-            return self._close(stream, self._stop_the_living(stream, reports))
+        reports = _each(partial(self._ask, stream), stream.relays)
+        if side.is_over(reports):
+            return self._finish(stream, reports)
         if stream.phase == "opening":
             self._registry.opened(stream, self._offer(stream, reports))
             self._registry.audit(
@@ -695,12 +929,16 @@ class S2CS:
             return self._registry.find(stream.key) or stream
         return stream
 
-    def _report(self, stream: StreamRow, ask: Callable[[RelayRow], RelayStatus] | None = None) -> Status:
-        """The status of a stream; one whose relays are found ended is closed."""
-        if stream.phase == "open":
-            reports = [self._ask(stream, row, ask) for row in stream.relays]
-            if not any(report.ended for report in reports):
-                return _status(stream, self._named(stream, reports))
+    def _asked(
+        self, stream: StreamRow, ask: Callable[[RelayRow], RelayStatus] | None = None
+    ) -> Sequence[RelayStatus]:
+        """What the relays of an open stream say, or answer to `ask`; of any other, nothing."""
+        return _each(partial(self._ask, stream, ask=ask), stream.relays) if stream.phase == "open" else ()
+
+    def _report(self, stream: StreamRow, reports: Sequence[RelayStatus]) -> Status:
+        """The status of a stream whose relays have said this; one that is over is closed."""
+        if reports and not side.is_over(reports):
+            return side.status(stream, self._named(stream, reports))
         if stream.phase != "ended":
             with self._registry.lock_if_free(stream.key) as held:
                 now = self._registry.find(stream.key)
@@ -708,10 +946,8 @@ class S2CS:
                     raise not_found(stream.key.uid, stream.key.role)
                 stream = self._settled(now) if held else now
         if stream.phase == "ended":
-            return _status(stream, stream.ended)
-        if stream.phase == "opening":
-            return _status(stream, ())
-        return _status(stream, self._named(stream, [self._ask(stream, row) for row in stream.relays]))
+            return side.status(stream, stream.ended)
+        return side.status(stream, self._named(stream, self._asked(stream)))
 
     def _ask(
         self, stream: StreamRow, row: RelayRow, ask: Callable[[RelayRow], RelayStatus] | None = None
@@ -729,33 +965,46 @@ class S2CS:
                     raise refused
                 return report
         try:
-            return self._relays(row.gateway).status(row.relay_id)
+            return _again_if_cut_off(lambda: self._relays(row.gateway).status(row.relay_id))
         except (RelayLost, NotFound) as gone:
-            return _lost(stream, row, gone)
+            return side.lost(stream, row, gone)
 
     def _stop(self, stream: StreamRow, row: RelayRow, reason: Literal["released", "admin"]) -> RelayStatus:
         try:
-            return self._relays(row.gateway).stop(row.relay_id, reason=reason)
+            return _again_if_cut_off(lambda: self._relays(row.gateway).stop(row.relay_id, reason=reason))
         except (RelayLost, NotFound) as gone:
-            return _lost(stream, row, gone)
+            return side.lost(stream, row, gone)
 
-    def _stop_the_living(self, stream: StreamRow, reports: Sequence[RelayStatus]) -> Sequence[RelayStatus]:
-        pairs = zip(stream.relays, reports, strict=True)
-        return [report if report.ended else self._stop(stream, row, "admin") for row, report in pairs]
+    def _finish(self, stream: StreamRow, reports: Sequence[RelayStatus]) -> StreamRow:
+        """Close a side that is over: of several relays, stop those that still run."""
+        pairs = [*zip(stream.relays, reports, strict=True)]
+        ends = _each(lambda pair: pair[1] if pair[1].ended else self._stop(stream, pair[0], "admin"), pairs)
+        return self._close(stream, side.finished_together(reports, ends))
 
-    def _close(self, stream: StreamRow, ends: Sequence[RelayStatus]) -> StreamRow:
+    def _end(self, stream: StreamRow, reason: Literal["released", "admin"], *, caller: str) -> Status:
+        """Stop a stream's relays and close it, unless it is closed; answers the end. The caller holds its lock."""
+        with contextlib.suppress(GatewayUnreachable):  # what can be reached of it is stopped all the same
+            stream = self._settled(stream)
+        if stream.phase != "ended":
+            ends = _each(lambda row: self._stop(stream, row, reason), stream.relays)
+            stream = self._close(stream, ends, caller=caller)
+        return side.status(stream, stream.ended)
+
+    def _close(
+        self, stream: StreamRow, ends: Sequence[RelayStatus], *, caller: str | None = None
+    ) -> StreamRow:
         """Write the end, then let the relays' logs go: never the other way round."""
         _step("stopped", stream.key)
         self._registry.ended(stream, self._named(stream, ends))
         _step("ended", stream.key)
-        for row in stream.relays:
-            self._forget(row)
+        _each(self._forget, stream.relays)
         _step("forgotten", stream.key)
         closed = self._registry.find(stream.key) or stream
-        end = _status(closed, closed.ended)
+        end = side.status(closed, closed.ended)
         with contextlib.suppress(ScistreamError):
+            by = {} if caller in (None, stream.key.owner) else {"caller": caller}
             self._registry.audit(
-                "close", stream.key, state=end.state, reason=end.reason, bytes=end.bytes.model_dump()
+                "close", stream.key, **by, state=end.state, reason=end.reason, bytes=end.bytes.model_dump()
             )
         return closed
 
@@ -803,87 +1052,36 @@ def _reserved(request: Request) -> int:
     return request.rate_mbits_per_s if request.reserve_rate else 0
 
 
-def _source_for(source: str | None, onwards: Mapping[str, Any]) -> str | None:
-    """The local address to connect from, unless what is connected to is of the other IP version."""
-    addresses = [
-        *onwards["targets"],
-        *(one["address"] for peer in onwards["peers"] for one in peer["listeners"]),
-    ]
-    if source is None or any((":" in source) != (":" in split_address(one)[0]) for one in addresses):
-        return None
-    return source
+def _with_share(changes: Mapping[str, Any], row: RelayRow, request: Request) -> Mapping[str, Any]:
+    """The changes for one relay of a stream: of the rate, its share."""
+    if "rate_mbits_per_s" not in changes:
+        return changes
+    return {**changes, "rate_mbits_per_s": _share_of_rate(changes["rate_mbits_per_s"], row, request)}
 
 
-def _dial_addresses(gateway: GatewayConfig, request: Request) -> Sequence[str]:
-    """Where PROD sees CONS come from; empty, so that the key alone proves it, if that is not known."""
-    dialled = {":" in split_address(one)[0] for one in request.offer.addresses} if request.offer else set()
-    known = [one for one in gateway.dial_addresses() if (":" in one) in dialled]
-    return known if {":" in one for one in known} == dialled else []
-
-
-def _lost(stream: StreamRow, row: RelayRow, gone: ScistreamError) -> RelayStatus:
-    return RelayStatus(
-        relay_id=row.relay_id, role=stream.key.role, state="FAILED", reason="relay_lost", message=gone.message
+def _share_of_rate(rate_mbits_per_s: int, row: RelayRow, request: Request) -> int:
+    return policy.share_of_rate(
+        rate_mbits_per_s, row.indices, num_conn=request.num_conn, gateways=request.gateways
     )
 
 
-def _status(stream: StreamRow, reports: Sequence[RelayStatus]) -> Status:
-    """One side: the sum over its relays. No report yet means that it is being opened."""
-    request = stream.request
-    leading = _leading(reports)
-    return Status(
-        uid=request.uid,
-        role=request.role,
-        owner=stream.key.owner,
-        mode=request.mode,
-        state=leading.state if leading else "REQUESTED",
-        reason=leading.reason if leading else None,
-        message=leading.message if leading else None,
-        proof=leading.proof if leading else None,
-        last_probe=leading.last_probe if leading else None,
-        lease_remaining_s=_least(report.lease_remaining_s for report in reports),
-        lifetime_remaining_s=_least(report.lifetime_remaining_s for report in reports),
-        hello_remaining_s=_least(report.hello_remaining_s for report in reports),
-        connections=Connections(
-            **{
-                name: sum(getattr(one.connections, name) for one in reports)
-                for name in Connections.model_fields
-            }
-        ),
-        bytes=Counts(
-            **{name: sum(getattr(one.bytes, name) for one in reports) for name in Counts.model_fields}
-        ),
-        bits_per_s=Rates(
-            **{name: sum(getattr(one.bits_per_s, name) for one in reports) for name in Rates.model_fields}
-        ),
-        limiting=_limiting(reports),
-        listeners=stream.offer.addresses if stream.offer else [],
-        relays=list(reports),
-    )
+def _again_if_cut_off(ask: Callable[[], T]) -> T:
+    """What a relay says; one that ended in the middle of its answer is asked once more: now it is gone, or says how."""
+    try:
+        return ask()
+    except RelayError as wrong:
+        if wrong.details.get("cause") != "io":
+            raise
+    return ask()
 
 
-def _leading(reports: Sequence[RelayStatus]) -> RelayStatus | None:
-    """The relay whose state is that of the side: one that failed, else the least advanced one that lives."""
-    failed = [report for report in reports if report.state == "FAILED"]
-    living = [report for report in reports if not report.ended]
-    if failed or not living:
-        return next(iter(failed or reports), None)
-    slowest = min(living, key=lambda report: _PROGRESS.index(report.state))
-    streaming = [report for report in living if report.state == "STREAMING"]
-    return streaming[0] if streaming and slowest.state == "READY" else slowest
-
-
-def _limiting(reports: Sequence[RelayStatus]) -> Limiting | None:
-    """The verdict of the relay that moves most."""
-    known = [report for report in reports if report.limiting is not None]
-    busiest = max(
-        known, key=lambda one: one.bits_per_s.to_consumer + one.bits_per_s.to_producer, default=None
-    )
-    return busiest.limiting if busiest else None
-
-
-def _least(values: Iterable[float | None]) -> float | None:
-    return min((value for value in values if value is not None), default=None)
+def _each(ask: Callable[[A], T], things: Sequence[A]) -> list[T]:
+    """What `ask` answers for each, asked at the same time. All have been asked to the end when one raises."""
+    if len(things) < 2:
+        return [ask(one) for one in things]
+    with ThreadPoolExecutor(len(things), thread_name_prefix="gateway") as pool:
+        futures = [pool.submit(ask, one) for one in things]
+    return [future.result() for future in futures]
 
 
 def _step(name: str, key: Key) -> None:

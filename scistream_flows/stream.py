@@ -38,6 +38,7 @@ from scistream_flows.models import (
     Mode,
     Offer,
     Peer,
+    Probe,
     Rates,
     Reason,
     Release,
@@ -307,6 +308,7 @@ def open_stream(
     uid: str | None = None,
     mode: Mode = "tls",
     num_conn: int = 1,
+    gateways: int = 1,
     rate_mbits_per_s: int = 0,
     lease_s: int = 60,
     lifetime_s: int = 86_400,
@@ -327,6 +329,7 @@ def open_stream(
         uid: The stream's name; by default a new random one.
         mode: `tls`, `auth` (proven peers, clear text) or `none`.
         num_conn: Listeners per side, 1 to 256.
+        gateways: Gateways per side that carry them, 1 to 16; listener i is on the (i mod gateways)-th.
         rate_mbits_per_s: Payload Mbit/s per direction, reserved; 0 is best effort.
         lease_s: Seconds after which a side ends that nothing renews.
         lifetime_s: The hard end, seconds.
@@ -346,6 +349,7 @@ def open_stream(
         "uid": uid or f"stream-{secrets.token_hex(8)}",
         "mode": mode,
         "num_conn": num_conn,
+        "gateways": gateways,
         "rate_mbits_per_s": rate_mbits_per_s,
         "lease_s": lease_s,
         "lifetime_s": lifetime_s,
@@ -414,6 +418,7 @@ class StreamOptions(TypedDict, total=False):
     uid: str | None
     mode: Mode
     num_conn: int
+    gateways: int
     rate_mbits_per_s: int
     lease_s: int
     lifetime_s: int
@@ -514,15 +519,17 @@ def _until_ready(
     cancelled = _CANCELLED.get() or threading.Event()
     silent_until = time.monotonic() + SAY_WHY_AFTER_S
     said = ""
+    probe: Probe | None = None
     for pause_s in _pauses():
         cons, prod = (facilities[role].status(StatusQuery(uid=uid, role=role)) for role in ("CONS", "PROD"))
+        probe = cons.last_probe or prod.last_probe or probe  # a side that has ended does not tell it any more
         tell(cons)
         if cons.ready and prod.ready:
             return
         left_s = deadline - time.monotonic()
         if cons.ended or prod.ended or left_s <= 0:
-            raise _not_ready(uid, prod, cons)
-        if time.monotonic() >= silent_until and said != (why := _not_ready(uid, prod, cons).message):
+            raise _not_ready(uid, prod, cons, probe)
+        if time.monotonic() >= silent_until and said != (why := _not_ready(uid, prod, cons, probe).message):
             # the application may only be late, so this is no error yet; but nobody should wait a minute to learn why
             log.warning("still waiting, %.0f s more: %s", left_s, why)
             said = why
@@ -532,12 +539,12 @@ def _until_ready(
             )
 
 
-def _not_ready(uid: str, prod: Status, cons: Status) -> StreamNotReady:
-    probe = cons.last_probe or prod.last_probe
+def _not_ready(uid: str, prod: Status, cons: Status, probe: Probe | None) -> StreamNotReady:
     result = (probe.result if probe else None) or "no-answer"
     errno = f" ({probe.errno})" if probe and probe.errno else ""
     dialled = f" at {probe.address}" if probe and probe.address else ""
-    targets = ", ".join(target for relay in prod.relays for target in relay.targets) or "none given"
+    known = dict.fromkeys(target for relay in prod.relays for target in relay.targets)
+    targets = ", ".join(known) or "none given"
     if "relay_lost" in (prod.reason, cons.reason):
         side, leg = (
             ("producer", "producer-lan") if prod.reason == "relay_lost" else ("consumer", "consumer-lan")
@@ -554,7 +561,9 @@ def _not_ready(uid: str, prod: Status, cons: Status) -> StreamNotReady:
     elif prod.state == "WAITING_HELLO":
         leg, reason, words = "producer-lan", "no-target", "no target was named"
         hint = "Give targets, or say hello at the producer's facility"
-    elif prod.ended or cons.ended:
+    elif (prod.ended or cons.ended) and not (
+        probe and probe.result != "ok" and "hello_timeout" in (prod.reason, cons.reason)
+    ):
         over = prod if prod.ended else cons
         leg = "producer-lan" if over is prod else "consumer-lan"
         reason, words = str(over.reason), f"{over.role} ended: {over.message or over.reason}"

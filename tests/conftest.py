@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import json
 import os
 import random
 import signal
 import socket
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -85,6 +87,44 @@ def facility(state_base: Path) -> Iterator[Callable[..., S2CS]]:  # noqa: ARG001
     yield make
     for service in services:
         service.close()
+
+
+@pytest.fixture
+def site(state_base: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
+    """A function that writes the facility.toml of a facility, from its gateways and its policy.
+
+    Each gateway is a mapping of keys; by default it is this machine, on the loopback address that it names. The policy
+    allows everything on loopback.
+    """
+    folder = state_base.parent / "configuration"
+    folder.mkdir()
+    monkeypatch.setenv("SCISTREAM_CONFIG_DIR", str(folder))
+    loopback = ["127.0.0.0/8", "::1/128"]
+
+    def write(name: str, *gateways: Mapping[str, Any], **policy: Any) -> None:
+        lines = ["[facility]", f'name = "{name}"']
+        for number, gateway in enumerate(gateways, start=1):
+            address = f"127.0.0.{number}"
+            table = {"name": f"gw{number}", "wan_bind": address, "lan_bind": address, **gateway}
+            lines += ["[[gateway]]", *_keys(table)]
+        policy = {
+            "users": ["all_authenticated_users"],
+            "targets": loopback,
+            "peers": loopback,
+            "consumers": loopback,
+            "modes": ["tls", "auth", "none"],
+        } | policy
+        quotas = policy.pop("quota", [])
+        lines += ["[policy]", *_keys(policy)]
+        for quota in quotas:
+            lines += ["[[policy.quota]]", *_keys(quota)]
+        (folder / f"{name}.toml").write_text("\n".join(lines) + "\n")
+
+    return write
+
+
+def _keys(table: Mapping[str, Any]) -> list[str]:
+    return [f"{key} = {json.dumps(value)}" for key, value in table.items()]
 
 
 class Application:

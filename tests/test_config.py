@@ -23,6 +23,9 @@ name = "gw1"
 wan_bind = "192.0.2.10"
 lan_bind = "10.0.0.10"
 """
+BOTH = SMALLEST.replace('"192.0.2.10"', '["2001:db8::10", "192.0.2.10"]')
+QUOTA = SMALLEST + '[[policy.quota]]\nusers = ["urn:x:bob"]\n'
+ALICE = "urn:globus:auth:identity:46bd0f56-e24f-11e5-a510-131bef46955c"
 
 
 @pytest.fixture
@@ -54,8 +57,8 @@ def test_without_a_file_a_facility_is_a_development_one_on_loopback(load: Load, 
         tmp_path / "state" / "dev-6000",
     )
     assert (gateway.wan_bind, gateway.lan_bind, gateway.port_range) == (
-        "127.0.0.1",
-        "127.0.0.1",
+        ("127.0.0.1",),
+        ("127.0.0.1",),
         PortRange(0, 0),
     )
     assert list(map(str, facility.policy.targets)) == ["127.0.0.0/8", "[::1/128]"]
@@ -118,6 +121,20 @@ def test_the_environment_wins_over_the_file_and_an_argument_over_both(load: Load
         (SMALLEST + '[policy]\nconsumers = ["10.0.0.0/8:80"]', "policy.consumers", "networks only"),
         (SMALLEST + '[policy]\nlongest_lease_s = "1h"', "policy.longest_lease_s", "valid integer"),
         (SMALLEST + "[polcy]\n", "polcy", "allowed are facility, gateway, policy"),
+        (BOTH.replace("192.0.2.10", "2001:db8::11"), "gateway.0.wan_bind", "one IPv4 and one IPv6 address are allowed"),
+        (SMALLEST.replace('"192.0.2.10"', "[]"), "gateway.0.wan_bind", "one IPv4 and one IPv6 address are allowed"),
+        (SMALLEST.replace('"192.0.2.10"', "7"), "gateway.0.wan_bind", "give an IP address, or a list of two"),
+        (SMALLEST + "connection_budget = -1", "gateway.0.connection_budget", "greater than or equal to 0"),
+        (SMALLEST + 'pipe_budget_mib = "64"', "gateway.0.pipe_budget_mib", "valid integer"),
+        (SMALLEST + '[policy]\nusers = ["alice"]', "policy.users.0", "urn:globus:groups:id:UUID"),
+        (SMALLEST + '[policy]\nusers = "all"', "policy.users", "valid list"),
+        (SMALLEST + '[policy]\nadministrators = ["all_authenticated_users"]', "policy.administrators.0", "not a URN"),
+        (QUOTA.replace("urn:x:bob", "bob"), "policy.quota.0.users.0", "is not a URN, such as"),
+        (SMALLEST + "[[policy.quota]]\nmax_num_conn = 2", "policy.quota.0.users", "Field required"),
+        (SMALLEST + "[[policy.quota]]\nusers = []", "policy.quota.0.users", "at least 1 item"),
+        (QUOTA + "colour = 2", "policy.quota.0.colour", "allowed are users, modes, longest_lease_s"),
+        (QUOTA + "max_num_conn = 257", "policy.quota.0.max_num_conn", "less than or equal to 256"),
+        (QUOTA + 'modes = ["ssl"]', "policy.quota.0.modes.0", "'tls', 'auth' or 'none'"),
         (SMALLEST.replace('"aps"', '"alcf"'), "facility.name", "is 'alcf', not 'aps'"),
     ],
     ids=lambda value: value.splitlines()[-1] if "\n" in value else value,
@@ -169,9 +186,54 @@ def test_the_state_is_where_it_can_be_written(monkeypatch: pytest.MonkeyPatch, t
 def test_a_gateway_behind_a_translation_is_known_by_both_addresses(load: Load) -> None:
     gateway = load(SMALLEST + 'wan_advertise = "203.0.113.5"\nwan_source = "192.0.2.11"').gateways[0]
     assert gateway.dial_addresses() == ["192.0.2.11/32", "203.0.113.5/32"]
-    assert (gateway.listen_address("PROD"), gateway.advertised_address("PROD")) == (
-        "192.0.2.10",
-        "203.0.113.5",
+    assert gateway.listen_addresses("PROD") == ("192.0.2.10",)
+    assert gateway.advertised_addresses("PROD", "192.0.2.10") == ("203.0.113.5",)
+    assert (
+        gateway.advertised_addresses("CONS", "10.0.0.10")
+        == gateway.listen_addresses("CONS")
+        == ("10.0.0.10",)
     )
-    assert (gateway.listen_address("CONS"), gateway.advertised_address("CONS")) == ("10.0.0.10", "10.0.0.10")
-    assert (gateway.onward_source("PROD"), gateway.onward_source("CONS")) == (None, "192.0.2.11")
+    assert (gateway.onward_sources("PROD"), gateway.onward_sources("CONS")) == ((), ("192.0.2.11",))
+
+
+def test_a_gateway_may_have_an_address_of_each_ip_version_and_ipv4_comes_first(load: Load) -> None:
+    gateway = load(BOTH).gateways[0]
+    assert gateway.listen_addresses("PROD") == ("192.0.2.10", "2001:db8::10")
+    assert gateway.onward_sources("CONS") == ("192.0.2.10", "2001:db8::10")
+    assert gateway.dial_addresses() == ["192.0.2.10/32", "2001:db8::10/128"]
+    assert (gateway.wan_versions(), load().gateways[0].wan_versions()) == ({4, 6}, {4})
+
+
+def test_what_is_advertised_of_two_addresses_replaces_the_one_of_its_version(load: Load) -> None:
+    gateway = load(BOTH + 'wan_advertise = "203.0.113.5"\nwan_source = "2001:db8::11"').gateways[0]
+    assert gateway.advertised_addresses("PROD", "192.0.2.10") == ("203.0.113.5",)
+    assert gateway.advertised_addresses("PROD", "2001:db8::10") == ("2001:db8::10",)
+    assert gateway.onward_sources("CONS") == ("192.0.2.10", "2001:db8::11")
+    assert gateway.dial_addresses() == ["2001:db8::11/128", "203.0.113.5/32", "2001:db8::10/128"]
+    anywhere = SMALLEST.replace('"192.0.2.10"', '["0.0.0.0", "::"]')
+    with pytest.raises(
+        ConfigError, match=r"wan_advertise: needed, because wan_bind takes every address \(::\)"
+    ):
+        load(anywhere + 'wan_advertise = "203.0.113.5"')
+    both = load(anywhere + 'wan_advertise = ["203.0.113.5", "2001:db8::5"]').gateways[0]
+    assert (both.advertised_addresses("PROD", "::"), both.onward_sources("CONS")) == (("2001:db8::5",), ())
+
+
+def test_who_may_open_streams_is_named_or_nobody_but_the_user_of_the_service(load: Load) -> None:
+    assert load().policy.users is None
+    assert load(SMALLEST + f'[policy]\nusers = ["{ALICE}"]').policy.users == [ALICE]
+    assert load(None, name="dev", SCISTREAM_POLICY_USERS="[]").policy.users == []
+    assert load(None, name="dev").policy.users == ["all_authenticated_users"]
+
+
+def test_the_first_quota_that_names_a_caller_replaces_the_limits_it_has(load: Load) -> None:
+    policy = load(
+        SMALLEST
+        + "[policy]\nmax_num_conn = 4\nlongest_lease_s = 60\n"
+        + f'[[policy.quota]]\nusers = ["{ALICE}"]\nmax_num_conn = 128\nmodes = ["none"]\n'
+        + f'[[policy.quota]]\nusers = ["urn:x:bob", "{ALICE}"]\nmax_num_conn = 9\nlongest_lease_s = 10\n'
+    ).policy
+    hers, his, others = policy.of(["urn:x:her", ALICE]), policy.of(["urn:x:bob"]), policy.of(["urn:x:carol"])
+    assert (hers.max_num_conn, hers.modes, hers.longest_lease_s) == (128, ["none"], 60)
+    assert (his.max_num_conn, his.modes, his.longest_lease_s) == (9, ["tls", "auth"], 10)
+    assert others is policy

@@ -17,7 +17,7 @@ from scistream_flows.gateway import Gateway, LocalGateway
 
 @pytest.fixture
 def gateway(tmp_path: Path) -> Gateway:
-    config = GatewayConfig(name="gw", wan_bind="127.0.0.1", lan_bind="127.0.0.1")
+    config = GatewayConfig(name="gw", wan_bind=("127.0.0.1",), lan_bind=("127.0.0.1",))
     return LocalGateway(config, runtime_dir=tmp_path / "relays")
 
 
@@ -45,6 +45,13 @@ def test_a_command_that_is_not_there_is_a_typed_error(gateway: Gateway) -> None:
 
 def test_bytes_that_are_no_text_do_no_harm(gateway: Gateway) -> None:
     assert gateway.run(["printf", "\\377"], timeout_s=10).stdout == "\N{REPLACEMENT CHARACTER}"
+
+
+def test_a_command_does_not_inherit_the_secrets_of_the_service(
+    gateway: Gateway, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SCISTREAM_GLOBUS_CLIENT_SECRET", "not for relays")
+    assert "not for relays" not in gateway.run(["env"], timeout_s=10).stdout
 
 
 INTERRUPTED = """

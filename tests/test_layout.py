@@ -15,10 +15,14 @@ LIFE = (
     "relay",
     "ssh",
     "gateway",
+    "route",
+    "side",
     "s2cs",
     "functions",
+    "compute",
     "facility",
     "stream",
+    "diagnosis",
     "doctor",
 )
 

@@ -67,6 +67,9 @@ def test_the_smallest_request_has_the_documented_defaults() -> None:
         ({"num_conn": 257}, "num_conn"),
         ({"num_conn": "5"}, "num_conn"),
         ({"num_conn": True}, "num_conn"),
+        ({"gateways": 0}, "gateways"),
+        ({"num_conn": 32, "gateways": 17}, "gateways"),
+        ({"num_conn": 2, "gateways": 3}, "gateways"),
         ({"rate_mbits_per_s": -1}, "rate_mbits_per_s"),
         ({"lease_s": 0}, "lease_s"),
         ({"lease_s": 1e9}, "lease_s"),
@@ -143,6 +146,14 @@ def test_listeners_of_several_relays_come_in_the_order_of_their_index() -> None:
         two["relays"][0] | {"listeners": [{"index": 0, "address": "[2001:DB8:0::1]:5100"}]},
     ]
     assert read(Offer, two).addresses == ["[2001:db8::1]:5100", "192.0.2.1:5101"]
+
+
+def test_a_listener_of_both_ip_versions_is_one_address_of_the_offer() -> None:
+    both = {"index": 0, "address": "192.0.2.1:5100", "also": ["[2001:db8::1]:5100"]}
+    read_offer = read(Offer, offer(relays=[offer()["relays"][0] | {"listeners": [both]}]))
+    assert read_offer.addresses == ["192.0.2.1:5100"]
+    assert read_offer.relays[0].listeners[0].also == ["[2001:db8::1]:5100"]
+    assert read(Offer, offer()).relays[0].listeners[0].also == []
 
 
 def test_listeners_are_numbers_never_names() -> None:
@@ -222,7 +233,7 @@ DOCUMENTS: list[type[BaseModel]] = [
         models.Release,
         models.ListQuery,
     ),
-    *(models.Offer, models.Status, models.Released, models.Listing),
+    *(models.Offer, models.Status, models.Released, models.Listing, models.GatewayReport),
     *(models.RelayReady, models.RelayFailed, models.RelayStatus, models.RelayList),
 ]
 

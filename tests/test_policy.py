@@ -168,9 +168,165 @@ def test_a_reserved_rate_is_admitted_only_while_the_capacity_lasts() -> None:
 
 def test_the_gateway_with_most_room_is_taken() -> None:
     where = facility(gateway("small", capacity_mbits_per_s=100), gateway("large", capacity_mbits_per_s=1000))
-    assert policy.place(request(), where, Usage()).name == "large"
-    assert policy.place(request(), where, Usage(reserved_mbits_per_s={"large": 950})).name == "small"
-    assert policy.place(request(), where, Usage(listeners={"large": 10})).name == "small"
+    assert placed(where) == ["large"]
+    assert placed(where, Usage(reserved_mbits_per_s={"large": 950})) == ["small"]
+    assert placed(where, Usage(listeners={"large": 10})) == ["small"]
+
+
+def placed(where: FacilityConfig, usage: Usage | None = None, **asked: Any) -> list[str]:
+    return [share.gateway for share in policy.place(request(**asked), where, usage or Usage())]
+
+
+def test_of_gateways_with_as_much_capacity_free_the_one_with_most_connections_free_is_taken() -> None:
+    where = facility(gateway("gw1", connection_budget=100), gateway("gw2", connection_budget=100))
+    assert placed(where, Usage(connections={"gw1": 10, "gw2": 20})) == ["gw1"]
+    assert placed(where, Usage(connections={"gw1": 30, "gw2": 20})) == ["gw2"]
+    assert placed(where, Usage(connections={"gw1": 90, "gw2": 36})) == ["gw2"]
+
+
+def test_connections_are_admitted_only_while_the_budget_lasts() -> None:
+    where = facility(gateway(connection_budget=100))
+    policy.place(request(num_conn=2, max_connections=50), where, Usage())
+    with pytest.raises(CapacityExhausted, match=r"take 100 connections more.* 99 are free") as caught:
+        policy.place(request(num_conn=2, max_connections=50), where, Usage(connections={"gw1": 1}))
+    assert caught.value.details["free_connections"] == 99
+
+
+def test_a_full_pipe_budget_is_avoided_and_never_refused() -> None:
+    where = facility(
+        gateway("fast", capacity_mbits_per_s=9000, pipe_budget_mib=8), gateway("slow", capacity_mbits_per_s=1)
+    )
+    assert placed(where, num_conn=4) == ["fast"]
+    assert placed(where, num_conn=5) == ["slow"]
+    assert placed(where, Usage(listeners={"fast": 1}), num_conn=4) == ["slow"]
+    assert placed(where, Usage(listeners={"fast": 1}), num_conn=4, rate_mbits_per_s=100) == ["fast"]
+    uncounted = facility(
+        gateway("fast", capacity_mbits_per_s=9000, pipe_budget_mib=0), gateway("slow", capacity_mbits_per_s=1)
+    )
+    assert placed(uncounted, num_conn=10) == ["fast"]
+
+
+def test_a_draining_gateway_takes_no_new_stream() -> None:
+    where = facility(gateway("gw1"), gateway("gw2"))
+    assert placed(where, Usage(draining=frozenset({"gw1"}))) == ["gw2"]
+    with pytest.raises(CapacityExhausted, match=r"every gateway of facility aps is draining.*: gw1, gw2"):
+        placed(where, Usage(draining=frozenset({"gw1", "gw2"})))
+    with pytest.raises(
+        CapacityExhausted, match=r"has 1 to use; draining for maintenance: gw2.*gateways=1 at most"
+    ):
+        placed(where, Usage(draining=frozenset({"gw2"})), num_conn=2, gateways=2)
+
+
+def test_a_spread_stream_has_listener_i_on_the_i_mod_nth_of_different_gateways() -> None:
+    where = facility(*(gateway(f"gw{number}") for number in range(4)))
+    shares = policy.place(
+        request(num_conn=8, gateways=3, rate_mbits_per_s=100, max_connections=5), where, Usage()
+    )
+    assert [share.indices for share in shares] == [(0, 3, 6), (1, 4, 7), (2, 5)]
+    assert len({share.gateway for share in shares}) == 3
+    assert [share.connections for share in shares] == [15, 15, 10]
+    assert [share.reserved_mbits_per_s for share in shares] == [38, 38, 25]
+
+
+def test_more_gateways_than_there_are_cannot_be_had() -> None:
+    with pytest.raises(
+        CapacityExhausted, match="2 gateways were asked for, facility aps has 1 to use"
+    ) as caught:
+        placed(facility(), num_conn=2, gateways=2)
+    assert "gateways=1 at most" in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("tables", "usage", "asked", "words"),
+    [
+        ({}, Usage(listeners={"gw2": 9}), {"num_conn": 4}, "fewer than 2 gateways of facility aps have 2 ports"),
+        ({"capacity_mbits_per_s": 100}, Usage(reserved_mbits_per_s={"gw1": 60}),
+         {"num_conn": 2, "rate_mbits_per_s": 99},
+         "can carry 50 Mbit/s more. 40 Mbit/s are free on each of them"),
+        ({"connection_budget": 100}, Usage(connections={"gw1": 60}), {"num_conn": 2, "max_connections": 41},
+         "can take 41 connections more. 40 are free on each of them"),
+    ],
+    ids=["ports", "rate", "connections"],
+)  # fmt: skip
+def test_a_share_that_finds_no_room_is_refused_with_what_is_free(
+    tables: dict[str, int], usage: Usage, asked: dict[str, Any], words: str
+) -> None:
+    where = facility(gateway("gw1", **tables), gateway("gw2", **tables))
+    placed(where, gateways=2, **asked)
+    with pytest.raises(CapacityExhausted) as caught:
+        placed(where, usage, gateways=2, **asked)
+    assert words in str(caught.value)
+
+
+def test_the_larger_share_goes_where_it_fits() -> None:
+    where = facility(
+        gateway("wide", port_range="5100-5101"), gateway("narrow", port_range="5100", capacity_mbits_per_s=0)
+    )
+    assert placed(where, num_conn=3, gateways=2) == ["wide", "narrow"]
+    awkward = facility(
+        gateway("ports", connection_budget=64),
+        gateway("connections", port_range="5100", connection_budget=9000),
+    )
+    with pytest.raises(CapacityExhausted, match="ports, rate and connections free at once for 3 listeners"):
+        placed(awkward, num_conn=3, gateways=2)
+
+
+@pytest.mark.parametrize("num_conn", [1, 2, 3, 7, 8, 16])
+@pytest.mark.parametrize("gateways", [1, 2, 3, 5, 16])
+@pytest.mark.parametrize("rate", [0, 16, 17, 100, 999, 10_000])
+def test_the_shares_of_a_rate_add_up_to_it_and_are_within_what_is_booked(
+    num_conn: int, gateways: int, rate: int
+) -> None:
+    gateways = min(gateways, num_conn)
+    where = facility(*(gateway(f"gw{number}", port_range="0") for number in range(gateways)))
+    shares = policy.place(
+        request(num_conn=num_conn, gateways=gateways, rate_mbits_per_s=rate), where, Usage()
+    )
+    enforced = [
+        policy.share_of_rate(rate, share.indices, num_conn=num_conn, gateways=gateways) for share in shares
+    ]
+    assert sum(enforced) == rate
+    assert all(share.reserved_mbits_per_s >= part for share, part in zip(shares, enforced, strict=True))
+
+
+def test_no_share_of_a_rate_is_none_at_all() -> None:
+    assert [policy.share_of_rate(1, (number,), num_conn=3, gateways=3) for number in range(3)] == [1, 1, 1]
+
+
+def test_an_owner_reserves_no_more_than_the_limit() -> None:
+    where = facility(max_reserved_mbits_per_s_per_owner=1000)
+    usage = Usage(reserved_of_owner_mbits_per_s=900)
+    policy.place(request(rate_mbits_per_s=100), where, usage)
+    policy.place(request(rate_mbits_per_s=101, reserve_rate=False), where, usage)
+    with pytest.raises(
+        PolicyDenied, match=r"900 Mbit/s reserved.* with 101 more the limit of 1000 is passed"
+    ):
+        policy.place(request(rate_mbits_per_s=101), where, usage)
+
+
+ME = "urn:scistream:unix:1000@here"
+
+
+@pytest.mark.parametrize(
+    ("users", "caller", "admitted"),
+    [
+        (None, (ME,), True),
+        (None, ("urn:a",), False),
+        (["urn:a"], ("urn:a",), True),
+        (["urn:group"], ("urn:a", "urn:linked", "urn:group"), True),
+        (["urn:a"], (ME,), False),
+        ([], (ME,), False),
+        (["all_authenticated_users"], ("urn:a",), True),
+    ],
+    ids=str,
+)
+def test_who_may_open_streams(users: list[str] | None, caller: tuple[str, ...], *, admitted: bool) -> None:
+    where = facility(users=users)
+    if admitted:
+        policy.admit_user(caller, where, service=ME)
+    else:
+        with pytest.raises(PolicyDenied, match=f"^{caller[0]} may not open streams.*policy.users in"):
+            policy.admit_user(caller, where, service=ME)
 
 
 def test_rights_belong_to_owner_managers_and_for_seeing_monitors() -> None:

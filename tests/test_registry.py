@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import multiprocessing
 import os
 import signal
 import sqlite3
@@ -13,7 +12,6 @@ import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from functools import partial
 from pathlib import Path
 
 import pytest
@@ -35,8 +33,21 @@ def registry(tmp_path: Path) -> Iterator[Registry]:
     registry.close()
 
 
-def row(relay_id: str = "1" * 32, *, gateway: str = "gw", listeners: int = 1, reserved: int = 0) -> RelayRow:
-    return RelayRow(relay_id=relay_id, gateway=gateway, listeners=listeners, reserved_mbits_per_s=reserved)
+def row(
+    relay_id: str = "1" * 32,
+    *,
+    gateway: str = "gw",
+    indices: tuple[int, ...] = (0,),
+    connections: int = 64,
+    reserved: int = 0,
+) -> RelayRow:
+    return RelayRow(
+        relay_id=relay_id,
+        gateway=gateway,
+        indices=indices,
+        connections=connections,
+        reserved_mbits_per_s=reserved,
+    )
 
 
 def request(uid: str = "s") -> Request:
@@ -107,13 +118,83 @@ def test_usage_counts_what_is_open_or_opening(registry: Registry) -> None:
 
         return see
 
-    first = registry.claim(KEY, request(), place(row(listeners=3, reserved=100)))
-    registry.claim(OTHER, request(), place(row("2" * 32, listeners=2, reserved=50)))
+    first = registry.claim(KEY, request(), place(row(indices=(0, 1, 2), connections=192, reserved=100)))
+    registry.claim(OTHER, request(), place(row("2" * 32, indices=(0, 1), connections=20, reserved=50)))
     registry.ended(first, [])
     registry.claim(KEY, request(), place(row("3" * 32)))
     assert [usage.listeners for usage in seen] == [{}, {"gw": 3}, {"gw": 2}]
     assert [usage.reserved_mbits_per_s for usage in seen] == [{}, {"gw": 100}, {"gw": 50}]
+    assert [usage.connections for usage in seen] == [{}, {"gw": 192}, {"gw": 20}]
+    assert [usage.streams for usage in seen] == [{}, {"gw": 1}, {"gw": 1}]
     assert [usage.streams_of_owner for usage in seen] == [0, 0, 0]
+    mine = registry.usage(OTHER.owner)
+    assert (mine.streams_of_owner, mine.reserved_of_owner_mbits_per_s) == (1, 50)
+
+
+def test_which_listeners_a_relay_has_is_kept(registry: Registry) -> None:
+    rows = [row(indices=(0, 2)), row("2" * 32, gateway="gw2", indices=(1,))]
+    registry.claim(KEY, request(), lambda _: rows)
+    found = registry.find(KEY)
+    assert found is not None
+    assert found.relays == tuple(rows)
+
+
+def test_a_gateway_drains_in_every_process_until_it_is_taken_back(registry: Registry, tmp_path: Path) -> None:
+    other = Registry(tmp_path / "state")
+    assert registry.drain("gw", draining=True)
+    assert not other.drain("gw", draining=True)
+    assert other.usage("urn:a").draining == {"gw"}
+    assert other.drain("gw", draining=False)
+    assert not registry.drain("gw", draining=False)
+    assert registry.usage("urn:a").draining == frozenset()
+    other.close()
+
+
+# A database as the first version of this package wrote it: one stream, one relay with three listeners.
+FIRST_LAYOUT = """
+CREATE TABLE streams (
+    id INTEGER PRIMARY KEY, owner TEXT NOT NULL, uid TEXT NOT NULL,
+    role TEXT NOT NULL CHECK (role IN ('PROD', 'CONS')),
+    phase TEXT NOT NULL CHECK (phase IN ('opening', 'open', 'ended')),
+    request TEXT NOT NULL, offer TEXT, ended TEXT, ended_at REAL, UNIQUE (owner, uid, role)
+);
+CREATE TABLE relays (
+    relay_id TEXT PRIMARY KEY, stream INTEGER NOT NULL REFERENCES streams (id) ON DELETE CASCADE,
+    gateway TEXT NOT NULL, listeners INTEGER NOT NULL, reserved_mbits_per_s INTEGER NOT NULL
+);
+CREATE INDEX relays_of_stream ON relays (stream);
+INSERT INTO streams (owner, uid, role, phase, request) VALUES ('urn:a', 's', 'PROD', 'opening',
+    '{"protocol":1,"uid":"s","role":"PROD","num_conn":3,"max_connections":10}');
+INSERT INTO relays VALUES ('11111111111111111111111111111111', 1, 'gw', 3, 70);
+PRAGMA user_version = 1;
+"""
+
+
+def test_a_registry_of_the_first_layout_is_read_and_goes_on(tmp_path: Path) -> None:
+    state = tmp_path / "state"
+    state.mkdir(mode=0o700)
+    with sqlite3.connect(state / "registry.sqlite") as db:
+        db.executescript(FIRST_LAYOUT)
+    old_version = sqlite3.connect(
+        state / "registry.sqlite"
+    )  # still serving, and knows nothing of the new columns
+    registry = Registry(state)
+    found = registry.find(KEY)
+    assert found is not None
+    assert found.relays == (row(indices=(0, 1, 2), connections=30, reserved=70),)
+    assert registry.drain("gw", draining=True)
+    with old_version:
+        old_version.execute(
+            "INSERT INTO relays (relay_id, stream, gateway, listeners, reserved_mbits_per_s)"
+            " VALUES (?, 1, 'gw', 2, 5)",
+            ("2" * 32,),
+        )
+    old_version.close()
+    found = registry.find(KEY)
+    assert found is not None
+    assert found.relays[1].indices == (0, 1)
+    registry.close()
+    Registry(state).close()  # and it is migrated once only
 
 
 def test_a_placement_that_refuses_leaves_the_ended_stream_as_it_was(registry: Registry) -> None:
@@ -221,27 +302,30 @@ def test_a_forked_child_has_a_database_of_its_own_and_holds_no_lock(registry: Re
     os.waitpid(pid, 0)
 
 
-def open_and_claim(state_dir: Path, process: int) -> int:
-    registry = Registry(state_dir)
-    for number in range(20):
-        relays = [row(f"{process:016x}{number:016x}")]
-        registry.claim(Key("urn:a", f"s{process}-{number}", "PROD"), request(), partial(_take, relays))
-    registry.close()
-    return process
-
-
-def _take(relays: list[RelayRow], usage: Usage) -> list[RelayRow]:
-    assert usage.streams_of_owner < 120
-    return relays
+# In a program of its own: what is started anew cannot import a test module by its name.
+OPENING = """
+import pathlib, sys
+from scistream_flows.models import Request
+from scistream_flows.registry import Key, Registry, RelayRow
+process = int(sys.argv[2])
+registry = Registry(pathlib.Path(sys.argv[1]))
+for number in range(20):
+    relay = RelayRow(
+        relay_id=f"{process:016x}{number:016x}", gateway="gw", indices=(0,), connections=1, reserved_mbits_per_s=0
+    )
+    key = Key("urn:a", f"s{process}-{number}", "PROD")
+    registry.claim(key, Request(uid=key.uid, role="PROD"), lambda _: [relay])
+registry.close()
+"""
 
 
 def test_many_processes_open_and_fill_one_new_registry_at_the_same_time(tmp_path: Path) -> None:
-    with multiprocessing.get_context("spawn").Pool(6) as pool:
-        done = pool.starmap(
-            open_and_claim, [(tmp_path / "state", process) for process in range(6)], chunksize=1
-        )
+    argv = [sys.executable, "-W", "error", "-c", OPENING, str(tmp_path / "state")]
+    processes = [subprocess.Popen([*argv, str(number)]) for number in range(6)]
+    assert [process.wait(60) for process in processes] == [0] * 6
     registry = Registry(tmp_path / "state")
-    assert len(registry.streams("opening")) == 20 * len(done) == 120
+    assert len(registry.streams("opening")) == 120
+    assert len(registry.relays()) == 120
     registry.close()
 
 

@@ -59,6 +59,15 @@ for verb, document in json.loads(sys.argv[2]):
 """
 
 
+@pytest.fixture(params=[1, 3], ids=["one gateway", "three gateways"])
+def asked(request: pytest.FixtureRequest, site: Callable[..., None]) -> dict[str, Any]:
+    """The request for a stream that so many gateways carry."""
+    count: int = request.param
+    if count > 1:
+        site("aps", *({} for _ in range(count)))
+    return {**PROD, "num_conn": count, "gateways": count}
+
+
 def killed_at(step: str, *calls: tuple[str, dict[str, Any]]) -> None:
     done = subprocess.run(
         [sys.executable, "-c", KILLED, step, json.dumps(calls)],
@@ -77,26 +86,26 @@ def nothing_left(service: S2CS, relays_below: Relays, state: Path) -> None:
 
 
 @pytest.mark.parametrize("step", ["opening", "claimed", "started", "opened"])
-def test_a_request_killed_at_any_step_is_repeated_with_one_relay(
-    step: str, facility: Facility, state_base: Path, relays_below: Relays
+def test_a_request_killed_at_any_step_is_repeated_without_a_second_relay(
+    step: str, asked: dict[str, Any], facility: Facility, state_base: Path, relays_below: Relays
 ) -> None:
-    killed_at(step, ("request", PROD))
+    killed_at(step, ("request", asked))
     before = relays_below(state_base)
     service = facility()
-    offer = service.request(PROD)
-    assert len(relays_below(state_base)) == 1
+    offer = service.request(asked)
+    assert len(relays_below(state_base)) == asked["gateways"]
     if step in ("started", "opened"):  # the relay that runs already is the one that is offered
-        assert relays_below(state_base) == before
-    assert offer == service.request(PROD).model_copy(update={"lease_remaining_s": offer.lease_remaining_s})
+        assert sorted(relays_below(state_base)) == sorted(before)
+    assert offer == service.request(asked).model_copy(update={"lease_remaining_s": offer.lease_remaining_s})
     service.release(SIDE)
     nothing_left(service, relays_below, state_base)
 
 
 @pytest.mark.parametrize("step", ["opening", "claimed", "started", "opened"])
 def test_a_request_killed_at_any_step_is_released_without_a_trace(
-    step: str, facility: Facility, state_base: Path, relays_below: Relays
+    step: str, asked: dict[str, Any], facility: Facility, state_base: Path, relays_below: Relays
 ) -> None:
-    killed_at(step, ("request", PROD))
+    killed_at(step, ("request", asked))
     service = facility()
     assert service.release(SIDE).released
     nothing_left(service, relays_below, state_base)
@@ -104,9 +113,9 @@ def test_a_request_killed_at_any_step_is_released_without_a_trace(
 
 @pytest.mark.parametrize("step", ["claimed", "started", "opened"])
 def test_a_call_about_another_stream_settles_what_a_killed_request_left(
-    step: str, facility: Facility, state_base: Path, relays_below: Relays
+    step: str, asked: dict[str, Any], facility: Facility, state_base: Path, relays_below: Relays
 ) -> None:
-    killed_at(step, ("request", PROD))
+    killed_at(step, ("request", asked))
     service = facility()
     service.request(OTHER)
     service.release({**SIDE, "uid": "other"})
@@ -115,16 +124,16 @@ def test_a_call_about_another_stream_settles_what_a_killed_request_left(
         assert (status.state, status.reason) == ("FAILED", "relay_lost")
     else:
         assert status.state == "LISTENING"
-        assert len(relays_below(state_base)) == 1
+        assert len(relays_below(state_base)) == asked["gateways"]
     service.release(SIDE)
     nothing_left(service, relays_below, state_base)
 
 
 @pytest.mark.parametrize("step", ["stopped", "ended", "forgotten"])
 def test_a_release_killed_at_any_step_is_completed_by_the_next_call(
-    step: str, facility: Facility, state_base: Path, relays_below: Relays
+    step: str, asked: dict[str, Any], facility: Facility, state_base: Path, relays_below: Relays
 ) -> None:
-    killed_at(step, ("request", PROD), ("release", SIDE))
+    killed_at(step, ("request", asked), ("release", SIDE))
     assert relays_below(state_base, patience_s=2) == []
     service = facility()
     assert service.status(SIDE).reason == "released"
@@ -135,6 +144,7 @@ def test_a_release_killed_at_any_step_is_completed_by_the_next_call(
 @pytest.mark.parametrize("after_ms", [0, 5, 10, 20, 40, 60, 90])
 def test_a_service_killed_while_a_relay_starts_leaves_none_behind(
     after_ms: int,
+    asked: dict[str, Any],
     facility: Facility,
     state_base: Path,
     relays_below: Relays,
@@ -143,7 +153,7 @@ def test_a_service_killed_while_a_relay_starts_leaves_none_behind(
 ) -> None:
     go = tmp_path / "go"
     with subprocess.Popen(
-        [sys.executable, "-c", RACING, str(go), json.dumps([("request", PROD)])],
+        [sys.executable, "-c", RACING, str(go), json.dumps([("request", asked)])],
         stdout=subprocess.PIPE,
         text=True,
     ) as process:

@@ -7,16 +7,13 @@ import hashlib
 import json
 import multiprocessing
 import os
-import pwd
 import random
-import secrets
 import shlex
 import shutil
 import signal
 import socket
 import subprocess
 import sys
-import tempfile
 import threading
 import time
 import warnings
@@ -27,6 +24,7 @@ from typing import Any
 
 import paramiko
 import pytest
+from sshd import Account, Server, make_key, why_not
 
 from scistream_flows import s2cs
 from scistream_flows.config import GatewayConfig, load_facility
@@ -46,8 +44,6 @@ from scistream_flows.stream import open_stream
 
 Within = Callable[..., None]
 
-SSHD = shutil.which("sshd") or "/usr/sbin/sshd"
-TOOLS = ("sh", "cat", "mkdir", "ls", "uname", "find", "rm", "mv", "chmod", "wc", "sleep", "true", "sha256sum")
 PROD = {"protocol": 1, "uid": "s", "role": "PROD", "targets": ["127.0.0.1:9"]}
 SIDE = {"protocol": 1, "uid": "s", "role": "PROD"}
 POLICY = """
@@ -56,181 +52,6 @@ targets = ["127.0.0.0/8"]
 peers = ["127.0.0.0/8"]
 consumers = ["127.0.0.0/8"]
 """
-
-
-def why_not() -> str | None:
-    if os.geteuid() != 0:
-        return "the tests of SSHGateway start an sshd and make a Unix user: they need root"
-    needed = [SSHD, "ssh-keygen", "useradd", "userdel"]
-    missing = [one for one in needed if not shutil.which(one)]
-    return (
-        f"the tests of SSHGateway need {', '.join(missing)} (Debian: openssh-server, passwd)"
-        if missing
-        else None
-    )
-
-
-# --- a Unix user on a gateway, and the gateway's sshd
-
-
-class Account:
-    """A user that owns one directory, `directory`, and has the programs in `tools` only."""
-
-    def __init__(self) -> None:
-        self.name = f"gw{secrets.token_hex(4)}"
-        # of root alone, up to the top, as sshd wants it for what decides who comes in
-        self.etc = Path(tempfile.mkdtemp(prefix="gateway-", dir="/run"))
-        self.base = Path(tempfile.mkdtemp(prefix="gateway-", dir="/var/tmp"))
-        self.home, self.tools, self.directory = (self.base / one for one in ("home", "tools", "own"))
-        for folder in (self.etc, self.base, self.home, self.tools):
-            folder.mkdir(exist_ok=True)
-            folder.chmod(0o755)
-        argv = ["useradd", "--no-create-home", "--home-dir", str(self.home), "--shell", "/bin/sh"]
-        subprocess.run([*argv, "--password", "*", self.name], check=True, capture_output=True)
-        self.uid = pwd.getpwnam(self.name).pw_uid
-
-    def clean(self) -> None:
-        """The directory and the programs as they are at first."""
-        shutil.rmtree(self.directory, ignore_errors=True)
-        self.directory.mkdir()
-        os.chown(self.directory, self.uid, self.uid)
-        for tool in self.tools.iterdir():
-            tool.unlink()
-        for name in TOOLS:
-            found = shutil.which(name)
-            assert found is not None
-            (self.tools / name).symlink_to(found)
-
-    def tool(self, name: str, script: str) -> Path:
-        """A program of the gateway that is a script of ours."""
-        path = self.tools / name
-        path.unlink(missing_ok=True)
-        path.write_text(f"#!/bin/sh\n{script}\n")
-        path.chmod(0o755)
-        return path
-
-    def processes(self, name: str = "") -> list[int]:
-        """What runs as this user, with names that begin so; sshd's own processes and zombies left out."""
-        found = []
-        for process in Path("/proc").glob("[0-9]*"):
-            with contextlib.suppress(OSError):
-                status = dict(line.split(":\t", 1) for line in (process / "status").read_text().splitlines())
-                if status["Uid"].split()[0] == str(self.uid) and (process / "cmdline").read_bytes():
-                    found += [int(process.name)] * (
-                        status["Name"] != "sshd" and status["Name"].startswith(name)
-                    )
-        return found
-
-    def relays(self) -> list[int]:
-        return self.processes("s2ds")
-
-    def files(self) -> list[Path]:
-        """Every file in its directory, the copied binary left out."""
-        return [one for one in self.directory.rglob("*") if one.is_file() or one.is_socket()]
-
-    def copies(self) -> list[Path]:
-        return [one for one in self.files() if one.name.startswith("s2ds-")]
-
-    def left(self) -> list[Path]:
-        return [one for one in self.files() if one not in self.copies()]
-
-    def remove(self) -> None:
-        subprocess.run(["userdel", self.name], check=True, capture_output=True)
-        shutil.rmtree(self.base)
-        shutil.rmtree(self.etc)
-
-
-class Server:
-    """An sshd on loopback, on a port that the kernel chose, with a host key of its own."""
-
-    def __init__(self, account: Account, authorized: str, *lines: str) -> None:
-        self.account = account
-        self.folder = Path(tempfile.mkdtemp(dir=account.etc))
-        self.folder.chmod(0o755)
-        self.key = self.folder / "host_key"
-        make_key(self.key)
-        (self.folder / "authorized_keys").write_text(authorized)
-        with socket.create_server(("127.0.0.1", 0)) as server:
-            self.port = server.getsockname()[1]
-        (self.folder / "sshd_config").write_text(
-            "\n".join(
-                [
-                    *lines,
-                    f"ListenAddress 127.0.0.1:{self.port}",
-                    f"HostKey {self.key}",
-                    f"AuthorizedKeysFile {self.folder}/authorized_keys",
-                    f"AllowUsers {account.name}",
-                    f"SetEnv PATH={account.tools}",
-                    "PidFile none",
-                    "UsePAM no",
-                    "PasswordAuthentication no",
-                    "KbdInteractiveAuthentication no",
-                    "PrintMotd no",
-                ]
-            )
-            + "\n"
-        )
-        self.process: subprocess.Popen[bytes] | None = None
-
-    @property
-    def known_as(self) -> str:
-        return f"[127.0.0.1]:{self.port}"
-
-    @property
-    def host_key(self) -> str:
-        """Its line for known_hosts."""
-        return f"{self.known_as} {' '.join(self.key.with_suffix('.pub').read_text().split()[:2])}\n"
-
-    def start(self) -> None:
-        with (self.folder / "log").open("ab") as log:
-            argv = [SSHD, "-D", "-e", "-f", str(self.folder / "sshd_config")]
-            self.process = subprocess.Popen(
-                argv, stderr=log, stdin=subprocess.DEVNULL, start_new_session=True
-            )
-        deadline = time.monotonic() + 10
-        while True:
-            assert self.process.poll() is None, (self.folder / "log").read_text()
-            with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", self.port), timeout=1):
-                return
-            assert time.monotonic() < deadline
-            time.sleep(0.02)
-
-    def sessions(self) -> list[int]:
-        """The processes that serve one connection each, as root."""
-        return _sshd_below(self.process.pid) if self.process else []
-
-    def every_session(self) -> list[int]:
-        """The same and those below them, which talk with the network as the user."""
-        return [two for one in self.sessions() for two in (one, *_sshd_below(one))]
-
-    def kill(self) -> None:
-        """SIGKILL to it and to those of its sessions; commands that run in them live on."""
-        if self.process is not None and self.process.poll() is None:
-            sessions = self.every_session()
-            self.process.kill()
-            self.process.wait(10)
-            for pid in sessions:
-                with contextlib.suppress(ProcessLookupError):
-                    os.kill(pid, signal.SIGKILL)
-
-
-def _sshd_below(parent: int) -> list[int]:
-    found = []
-    for process in Path("/proc").glob("[0-9]*"):
-        with contextlib.suppress(OSError, ValueError):
-            name, _, rest = (process / "stat").read_text().partition(") ")
-            if (
-                name.endswith("(sshd")
-                and rest.split()[:2] != ["Z", str(parent)]
-                and rest.split()[1] == str(parent)
-            ):
-                found.append(int(process.name))
-    return found
-
-
-def make_key(path: Path, *, passphrase: str = "") -> None:
-    argv = ["ssh-keygen", "-q", "-t", "ed25519", "-N", passphrase, "-C", "test", "-f", str(path)]
-    subprocess.run(argv, check=True, stdin=subprocess.DEVNULL)
 
 
 @pytest.fixture(scope="module")
@@ -256,11 +77,7 @@ def account(the_account: Account, within: Within) -> Iterator[Account]:
         for pid in the_account.processes():
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
-    for folder in (Path("/tmp"), Path("/var/tmp"), Path("/dev/shm"), the_account.home):
-        for one in folder.iterdir():
-            with contextlib.suppress(FileNotFoundError):
-                assert one.lstat().st_uid != the_account.uid, one
-    assert not list(the_account.directory.glob("*.part"))
+    assert the_account.lost() == []
 
 
 @pytest.fixture
@@ -529,13 +346,11 @@ def test_a_directory_that_others_may_write_in_is_refused(
 def test_a_full_disk_is_said_and_nothing_is_left(
     server: Server, account: Account, service: Callable[..., S2CS]
 ) -> None:
-    options = f"size=1m,uid={account.uid},mode=0755"
-    mounted = subprocess.run(
-        ["mount", "-t", "tmpfs", "-o", options, "none", account.directory], capture_output=True, text=True
-    )
-    if mounted.returncode != 0:
-        pytest.skip(f"a small disk needs the right to mount: {mounted.stderr.strip()}")
-    try:
+    with contextlib.ExitStack() as disk:
+        try:
+            disk.enter_context(account.small_disk("size=1m"))
+        except PermissionError as wrong:
+            pytest.skip(f"a small disk needs the right to mount: {wrong}")
         site = service(table(server))
         with pytest.raises(RelayError, match=r"gateway gw: .*No space left on device") as caught:
             site.request(PROD)
@@ -543,8 +358,6 @@ def test_a_full_disk_is_said_and_nothing_is_left(
         assert account.files() == []
         with pytest.raises(NotFound):
             site.status(SIDE)
-    finally:
-        subprocess.run(["umount", account.directory], check=True)
 
 
 def test_files_and_arguments_are_what_they_are_whatever_a_shell_makes_of_them(
@@ -1022,6 +835,29 @@ def test_a_gateway_lost_in_mid_start_gives_its_place_to_another(
         assert request.result(30).relays[0].gateway == "here"
     site.release(SIDE)
     within(lambda: not account.processes(), timeout_s=8, what="the other one to end by its lease")
+
+
+def test_a_stream_may_be_spread_over_another_machine_and_this_one(
+    server: Server,
+    account: Account,
+    configured: Callable[..., None],
+    application: Any,
+    talk: Callable[[str, bytes], str],
+) -> None:
+    for name in ("aps", "alcf"):
+        configured(name, table(server), LOCAL)
+    payload = random.Random(5).randbytes(1_000_000)  # noqa: S311 - no secret
+    with open_stream(
+        "local:aps", "local:alcf", targets=[application.address], num_conn=2, gateways=2, linger_s=1
+    ) as stream:
+        assert len(account.relays()) == 2
+        assert {relay.gateway for relay in stream.offers["PROD"].relays} == {"gw", "here"}
+        with ThreadPoolExecutor(2) as pool:
+            heard = [*pool.map(lambda address: talk(address, payload), stream.listeners)]
+        assert stream.wait(30).check().reasons == {"PROD": "finished", "CONS": "finished"}
+    assert heard == [hashlib.sha256(application.payload).hexdigest()] * 2
+    assert application.received == [hashlib.sha256(payload).hexdigest()] * 2
+    assert account.left() == []
 
 
 def test_when_none_answers_each_is_named_with_its_reason(

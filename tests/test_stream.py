@@ -309,7 +309,7 @@ def test_wrong_arguments_are_bad_requests(options: dict[str, Any], words: str) -
         open_stream("local:aps", "local:alcf", **({"targets": ["127.0.0.1:9"]} | options))
 
 
-@pytest.mark.parametrize("address", ["compute:8a5b", "https://s2cs.aps.anl.gov", "s2cs.aps.anl.gov:5000"])
+@pytest.mark.parametrize("address", ["https://s2cs.aps.anl.gov", "s2cs.aps.anl.gov:5000"])
 def test_facilities_far_away_are_not_in_this_version(address: str, nothing_left: Callable[[], None]) -> None:
     with pytest.raises(NotSupported, match="not in this version"):
         open_stream("local:aps", address, targets=["127.0.0.1:9"])
