@@ -9,15 +9,16 @@ import re
 import signal
 import threading
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from concurrent.futures import Executor, Future
 from concurrent.futures import TimeoutError as FutureTimeout  # one of its own before Python 3.11
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, Final, Protocol, TypeVar
 
 from pydantic import BaseModel
 
 from scistream_flows import functions
+from scistream_flows.compute import DEADLINE_S, ComputeEndpoint
 from scistream_flows.config import load_facility
 from scistream_flows.errors import (
     BadRequest,
@@ -43,7 +44,12 @@ from scistream_flows.models import (
 from scistream_flows.s2cs import S2CS
 
 if TYPE_CHECKING:
+    from globus_compute_sdk import Client
     from typing_extensions import Self
+
+_ADDRESSES: Final = (
+    "Use local:NAME, a facility on this machine, or compute:ENDPOINT_UUID, one behind Globus Compute"
+)
 
 A = TypeVar("A", bound=BaseModel)
 T = TypeVar("T")
@@ -225,6 +231,44 @@ class ExecutorFacility(_Verbs):
         return said
 
 
+class ComputeFacility(_Verbs):
+    """A facility whose verbs run at a Globus Compute endpoint that its administrator has configured for it.
+
+    Args:
+        endpoint_id: The endpoint's UUID.
+        functions: The ids of the facility's functions, from verb to UUID; by default those that the endpoint allows.
+        client: A `globus_compute_sdk.Client` for this facility alone; by default one with the login of this user.
+        deadline_s: For each verb, in seconds; the endpoint may have to start a process first.
+
+    Raises:
+        BadRequest: `endpoint_id` is no UUID, or `functions` has what is no verb.
+    """
+
+    def __init__(
+        self,
+        endpoint_id: str,
+        *,
+        functions: Mapping[str, str] | None = None,
+        client: Client | None = None,
+        deadline_s: float = DEADLINE_S,
+    ) -> None:
+        self._endpoint = ComputeEndpoint(
+            endpoint_id, functions=functions, client=client, deadline_s=deadline_s
+        )
+
+    @property
+    def name(self) -> str:
+        """How it is addressed."""
+        return self._endpoint.name
+
+    def close(self) -> None:
+        """Give back the connection to Globus Compute. Streams live on."""
+        self._endpoint.close()
+
+    def _answer(self, verb: str, document: str) -> dict[str, Any]:
+        return self._endpoint.answer(verb, json.loads(document))
+
+
 def _uninterrupted(call: Callable[[], T]) -> T:
     """What `call` answers. Ctrl-C is raised here after it has come to its end, not in the middle of it.
 
@@ -259,28 +303,30 @@ def connect_facility(address: str) -> Facility:
     """The facility at `address`.
 
     Args:
-        address: `local:NAME`, a facility on this machine. Without a configuration file of that name it is a
-            development facility: loopback only.
+        address: `local:NAME`, a facility on this machine; without a configuration file of that name it is a
+            development facility, loopback only. `compute:ENDPOINT_UUID`, a facility behind an endpoint of Globus
+            Compute.
 
     Raises:
         BadRequest: When it is no address of a facility.
-        NotSupported: For `compute:…`, `https://…` and `host:port`.
+        NotSupported: For `https://…` and `host:port`.
         ConfigError: When the facility's configuration is wrong.
     """
     kind, separator, rest = address.partition(":")
     if separator and kind == "local":
         return LocalFacility(S2CS(load_facility(rest)))
-    if kind == "compute" or re.fullmatch(r"(https?://.+|[^/\s]+:[0-9]+)", address):
+    if separator and kind == "compute":
+        return ComputeFacility(rest)
+    if re.fullmatch(r"(https?://.+|[^/\s]+:[0-9]+)", address):
         raise NotSupported(
-            f"{address!r}: facilities over {'Globus Compute' if kind == 'compute' else 'the network'} are not in this"
-            " version",
+            f"{address!r}: facilities over the network are not in this version",
             which=address,
-            hint="Use local:NAME, a facility on this machine",
+            hint=_ADDRESSES,
         )
     raise BadRequest(
         f"{address!r} is not the address of a facility",
         which=address,
-        hint="Use local:NAME, a facility on this machine",
+        hint=_ADDRESSES,
     )
 
 

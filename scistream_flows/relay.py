@@ -18,7 +18,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any, Final, Literal, NamedTuple, Protocol, TypeVar
 
-from pydantic import BaseModel
+from pydantic import BaseModel, ConfigDict
 
 from scistream_flows.errors import (
     PROTOCOL,
@@ -50,6 +50,138 @@ class Run(Protocol):
     def __call__(self, argv: Sequence[str], *, stdin: str = "", timeout_s: float) -> Outcome:
         """Run `argv` with `stdin` as its input."""
         ...
+
+
+class _Facts(BaseModel):
+    model_config = ConfigDict(extra="ignore", frozen=True)
+
+
+class KernelTLS(_Facts):
+    """Whether a connection could be given to the kernel's TLS."""
+
+    available: bool = False
+    errno: str | None = None
+
+
+class PipeFacts(_Facts):
+    """The size that a new pipe of this user got."""
+
+    asked_bytes: int = 0
+    granted_bytes: int | None = None
+    errno: str | None = None
+
+
+class InterfaceFacts(_Facts):
+    """A network interface, and the card that carries it."""
+
+    name: str
+    mtu: int | None = None
+    speed_mbits_per_s: int | None = None
+    driver: str | None = None
+    numa_node: int | None = None
+
+
+class OwnAddress(_Facts):
+    """An address that the node has."""
+
+    address: str
+    interface: str | None = None
+
+
+class RefusedPort(_Facts):
+    """A port of the range that could not be bound."""
+
+    port: int
+    errno: str | None = None
+
+
+class PortFacts(_Facts):
+    """The ports of the range at one address: those tried, those that could be bound, and the first that could not."""
+
+    checked: int = 0
+    free: int = 0
+    refused: list[RefusedPort] = []
+
+
+class AddressFacts(_Facts):
+    """An address of the configuration, as the node has it."""
+
+    address: str
+    errno: str | None = None
+    interface: InterfaceFacts | None = None
+    ports: PortFacts | None = None
+
+
+class FileSystem(_Facts):
+    """The mount that a directory lies in."""
+
+    type: str | None = None
+    mounted_at: str | None = None
+
+
+class DirectoryFacts(_Facts):
+    """A directory; where it is still to be made, `errno` is ENOENT and the rest is about what is above it."""
+
+    path: str
+    errno: str | None = None
+    mode: int | None = None
+    uid: int | None = None
+    file_system: FileSystem | None = None
+    free_bytes: int | None = None
+    free_files: int | None = None
+    read_only: bool | None = None
+    noexec: bool | None = None
+
+
+class DescriptorFacts(_Facts):
+    """How many files a process of this user may have open."""
+
+    soft: int | None = None
+    hard: int | None = None
+
+
+class LogindFacts(_Facts):
+    """What logind does with processes that a user leaves behind; values as in its files."""
+
+    running: bool = False
+    kill_user_processes: str | None = None
+    kill_only_users: str | None = None
+    kill_exclude_users: str | None = None
+    linger: bool = False
+
+
+class NodeFacts(_Facts):
+    """What `s2ds inspect` says of a gateway; a value that cannot be known there is None."""
+
+    protocol: int
+    version: str = ""
+    host: str = ""
+    uid: int
+    user: str | None = None
+    kernel: str = ""
+    architecture: str = ""
+    at_ns: int
+    took_s: float = 0.0
+    ktls: KernelTLS = KernelTLS()
+    pipe: PipeFacts = PipeFacts()
+    page_bytes: int = 4096
+    own_addresses: list[OwnAddress] = []
+    addresses: list[AddressFacts] = []
+    directories: list[DirectoryFacts] = []
+    descriptors: DescriptorFacts = DescriptorFacts()
+    settings: dict[str, str | None] = {}
+    logind: LogindFacts = LogindFacts()
+    cpus: int = 1
+    cpus_allowed: str | None = None
+    numa_nodes: dict[int, str | None] = {}
+    memory_bytes: int | None = None
+
+    def numbers(self, setting: str) -> list[int]:
+        """The numbers of a kernel setting; empty when this kernel does not have or show it."""
+        try:
+            return [int(word) for word in (self.settings.get(setting) or "").split()]
+        except ValueError:
+            return []
 
 
 class Relays:
@@ -136,6 +268,21 @@ class Relays:
         """Every relay that has a socket or a log in the runtime directory."""
         outcome = self._call("list", timeout_s=CALL_TIMEOUT_S)
         return _read(RelayList, self._checked(outcome, "list", "")).relays
+
+    def inspect(self, request: Mapping[str, Any]) -> NodeFacts:
+        """Facts about the node: what its kernel and its user can, and whether addresses and ports can be had there.
+
+        Args:
+            request: `addresses` (numeric), `first_port`, `last_port`, `directories`; each may be left out.
+
+        Raises:
+            RelayError: When the binary there does not know the verb, or refuses the request.
+            GatewayUnreachable: When it does not answer.
+        """
+        outcome = self._call(
+            "inspect", stdin=json.dumps({"protocol": PROTOCOL, **request}), timeout_s=CALL_TIMEOUT_S
+        )
+        return _read(NodeFacts, self._checked(outcome, "inspect", ""))
 
     def _status(self, verb: str, relay_id: str, *options: str, stdin: str = "") -> RelayStatus:
         outcome = self._call(verb, relay_id, *options, stdin=stdin, timeout_s=CALL_TIMEOUT_S)
