@@ -1,0 +1,646 @@
+"""The command `s2cs`: for whoever runs a facility. Without a subcommand it serves the facility.
+
+It works on the facility's state directory, so it needs no server, and no rights but those of its owner.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from itertools import islice
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final, NoReturn
+
+import click
+from click.core import ParameterSource
+
+from scistream_flows import __version__
+from scistream_flows.config import SYSTEM_CONFIG, FacilityConfig, config_folders
+from scistream_flows.errors import (
+    BadRequest,
+    ConfigError,
+    MissingExtra,
+    NotFound,
+    ScistreamError,
+    WaitTimeout,
+)
+from scistream_flows.models import UID_PATTERN, Released, Role
+
+from .console import (
+    SETTINGS,
+    Span,
+    in_time,
+    in_units,
+    plain,
+    progress,
+    put,
+    put_document,
+    put_table,
+    run,
+    say,
+)
+from .settings import Settings, common, configured_facilities, with_settings
+from .template import Place, template, write
+
+if TYPE_CHECKING:
+    from scistream_flows.diagnosis import Finding
+    from scistream_flows.models import GatewayReport, Status
+    from scistream_flows.s2cs import S2CS
+
+POLL_S: Final = 1.0
+_COLOURS: Final[dict[str, str]] = {"ok": "green", "note": "blue", "warning": "yellow", "problem": "red"}
+
+
+# --- serving
+
+
+@click.group(invoke_without_command=True, context_settings=dict(SETTINGS))
+@common
+@click.option(
+    "--listener-ip", default="127.0.0.1", show_default=True, help="Serve: bind exactly this address."
+)
+@click.option(
+    "--port", type=click.IntRange(0, 65_535), default=5000, show_default=True, help="Serve: at this port."
+)
+@click.option("--port-range", metavar="FIRST-LAST", help="Serve: ports for listeners, on every gateway.")
+@click.option(
+    "--certificate",
+    "--server-crt",
+    "--server-cert",
+    type=click.Path(path_type=Path),
+    metavar="FILE",
+    help="Serve: the certificate chain, PEM.",
+)
+@click.option(
+    "--key", "--server-key", type=click.Path(path_type=Path), metavar="FILE", help="Serve: its private key."
+)
+@click.option("--workers", type=click.IntRange(1), default=1, show_default=True, help="Serve: processes.")
+@click.version_option(__version__, "--version", "-V", message="%(prog)s, version %(version)s")
+@click.pass_context
+def s2cs(
+    context: click.Context,
+    listener_ip: str,
+    port: int,
+    port_range: str | None,
+    certificate: Path | None,
+    key: Path | None,
+    workers: int,
+) -> None:
+    """Run a SciStream facility. Without a subcommand: serve it, until Ctrl-C.
+
+    It is the one that --facility names, else $SCISTREAM_FACILITY, else the only one that is configured.
+    """
+    given = [
+        one.name for one in context.command.params if one.expose_value and _is_given(context, one.name or "")
+    ]
+    if context.invoked_subcommand is not None:
+        if given:
+            raise click.UsageError(
+                f"--{str(given[0]).replace('_', '-')} is for serving, not for {context.invoked_subcommand}"
+            )
+        return
+    config = context.ensure_object(Settings).load(port_range=port_range, otherwise=f"dev-{port}")
+    try:
+        from .service import serve
+    except ModuleNotFoundError as missing:
+        if (missing.name or "").startswith("scistream_flows"):
+            raise
+        raise MissingExtra(
+            f"serving needs {missing.name}, which is not installed",
+            which=missing.name or "",
+            hint="pip install 'scistream-flows[server]'",
+        ) from None
+    serve(config, listener_ip=listener_ip, port=port, certificate=certificate, key=key, workers=workers)
+
+
+def _is_given(context: click.Context, name: str) -> bool:
+    return context.get_parameter_source(name) is ParameterSource.COMMANDLINE
+
+
+# --- init
+
+
+class _Gateway(click.ParamType):
+    """`NAME`, on this machine, or `NAME=HOST`, over SSH."""
+
+    name = "gateway"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Place:
+        """The gateway that `value` spells."""
+        name, separator, host = str(value).partition("=")
+        if not re.fullmatch(UID_PATTERN, name) or (
+            separator and not re.fullmatch(r'[^\s@/"\\-][^\s@/"\\]*', host)
+        ):
+            self.fail(f"{value!r} is neither NAME nor NAME=HOST", param, ctx)
+        return Place(name, host if separator else None)
+
+
+@s2cs.command()
+@click.argument("name")
+@click.option("--directory", type=click.Path(path_type=Path), metavar="DIR", help="Where the file goes.")
+@click.option("--force", is_flag=True, help="Replace a file that is there; the old one is kept beside it.")
+@click.option(
+    "--gateway",
+    "gateways",
+    type=_Gateway(),
+    multiple=True,
+    metavar="NAME[=HOST]",
+    help="A gateway on this machine, or on HOST over SSH. Repeat it for more.  [default: gw1]",
+)
+@common
+@with_settings
+def init(
+    settings: Settings, name: str, directory: Path | None, gateways: Sequence[Place], *, force: bool
+) -> None:
+    """Write a commented facility.toml for the facility NAME.
+
+    It goes to $SCISTREAM_CONFIG_DIR, else for root to /etc/scistream, else to $XDG_CONFIG_HOME/scistream. Until you
+    edit it, its gateways listen on loopback only and nobody may connect anywhere.
+    """
+    if not re.fullmatch(UID_PATTERN, name):
+        raise BadRequest(
+            f"{name!r} cannot be the name of a facility",
+            which=name,
+            hint="Use letters, digits, '_', '-' and '.', 64 at most, the first a letter or digit",
+        )
+    names = [one.name for one in gateways]
+    if len(set(names)) < len(names):
+        raise BadRequest("two gateways have the same name", hint="Give each gateway a name of its own")
+    folder = directory or _folder()
+    text = template(name, list(gateways) or [Place("gw1")])
+    written = write(text, facility=name, folder=folder, replace=force)
+    if settings.json:
+        put_document(
+            {
+                "facility": name,
+                "file": str(written.file),
+                "replaced": str(written.replaced) if written.replaced else None,
+            }
+        )
+    else:
+        put(str(written.file))
+    if written.replaced:
+        say(f"The old one is {written.replaced}.")
+    option = _option_for(name, written.file)
+    say("Next: edit it (addresses, ports, who may do what), then look whether this machine is fit for it:")
+    say(f"  s2cs doctor {option}".rstrip())
+
+
+def _folder() -> Path:
+    if os.environ.get("SCISTREAM_CONFIG_DIR") or os.geteuid() != 0:
+        return config_folders(os.environ)[0]
+    return SYSTEM_CONFIG
+
+
+def _option_for(name: str, file: Path) -> str:
+    """The option by which other subcommands find a file; none where they find it by themselves."""
+    try:
+        found = configured_facilities()
+    except ConfigError:
+        found = {}
+    if found.get(name) != file:
+        return f"--config {file}"
+    return "" if len(found) == 1 else f"--facility {name}"
+
+
+# --- doctor
+
+
+@s2cs.command()
+@click.option(
+    "--gateway", "gateways", multiple=True, metavar="NAME", help="Only this one. Repeat it for more."
+)
+@click.option("--rate-mbits-per-s", type=click.IntRange(1), metavar="N", help="The rate that is wanted.")
+@click.option(
+    "--rtt-ms",
+    type=click.FloatRange(0, min_open=True),
+    metavar="N",
+    help="The round trip to the other facility.",
+)
+@click.option("--rtt-s", type=click.FloatRange(0, min_open=True), metavar="N", help="The same, in seconds.")
+@click.option("--peer", metavar="FACILITY", help="Look also at the way to this facility.")
+@common
+@with_settings
+def doctor(
+    settings: Settings,
+    gateways: Sequence[str],
+    rate_mbits_per_s: int | None,
+    rtt_ms: float | None,
+    rtt_s: float | None,
+    peer: str | None,
+) -> None:
+    """Look whether the gateways are fit for what is configured, and say what to do.
+
+    Exits with 1 if there is a problem.
+    """
+    from scistream_flows.doctor import examine
+
+    if rtt_ms is not None and rtt_s is not None:
+        raise click.UsageError("give --rtt-ms or --rtt-s, not both")
+    config = settings.load()
+    settings.quiet()
+    findings: list[Finding] = []
+    with _running(config) as service, progress(f"facility {config.name}: looking") as now:
+        for finding in examine(
+            config,
+            gateways=gateways,
+            rate_mbits_per_s=rate_mbits_per_s,
+            rtt_s=rtt_ms / 1000 if rtt_ms is not None else rtt_s,
+            peer=peer,
+            service=service,
+        ):
+            findings.append(finding)
+            place = finding.gateway or "facility"
+            now.says(
+                f"facility {config.name}: {_number(len(findings), 'check')}, last {place}, {finding.check}"
+            )
+    if settings.json:
+        put_document({"facility": config.name, "findings": [one.model_dump(mode="json") for one in findings]})
+    else:
+        _put_findings(config.name, findings)
+    if any(one.level == "problem" for one in findings):
+        click.get_current_context().exit(1)
+
+
+@contextmanager
+def _running(config: FacilityConfig) -> Iterator[S2CS | None]:
+    """The service of a facility that has been used, so that what it knows is looked at, too."""
+    from scistream_flows.s2cs import S2CS
+
+    service = None
+    with suppress(ScistreamError):  # a state directory that cannot be used is one of the findings
+        service = S2CS(config) if config.state_dir.exists() else None
+    try:
+        yield service
+    finally:
+        if service is not None:
+            service.close()
+
+
+def _put_findings(facility: str, findings: Sequence[Finding]) -> None:
+    for gateway in dict.fromkeys(one.gateway for one in findings):
+        put(click.style(f"gateway {gateway}" if gateway else f"facility {facility}", bold=True))
+        for one in findings:
+            if one.gateway == gateway:
+                put(f"  {click.style(f'{one.level:<8}', fg=_COLOURS[one.level])} {plain(one.message)}")
+                for line in (one.fix or "").splitlines():
+                    put(f"    {line}")
+        put("")
+    numbers = {level: sum(one.level == level for one in findings) for level in reversed(_COLOURS)}
+    put(
+        ", ".join(_number(number, level) for level, number in numbers.items() if number)
+        or "nothing to look at"
+    )
+
+
+def _number(number: int, level: str) -> str:
+    return f"{number} {level}" + ("s" if number > 1 and level != "ok" else "")
+
+
+# --- streams
+
+
+@s2cs.command("list")
+@click.option("--owner", metavar="URN", help="Only the streams of this owner.")
+@click.option("--ended", is_flag=True, help="Also those that ended within the last day.")
+@common
+@with_settings
+def list_(settings: Settings, owner: str | None, *, ended: bool) -> None:
+    """Show the streams of everybody."""
+    with settings.service() as service:
+        listing = service.survey(owner=owner, include_ended=ended)
+    if settings.json:
+        put_document(listing.model_dump(mode="json"))
+        return
+    if not listing.streams:
+        say(f"facility {listing.facility} has no streams")
+        return
+    headings = ("UID", "ROLE", "STATE", "MODE", "TO CONSUMER", "TO PRODUCER", "CONNECTIONS", "LEASE")
+    put_table(
+        [*headings, "LIMITED BY", "GATEWAYS", "OWNER"],
+        [_row(one) for one in sorted(listing.streams, key=lambda one: (one.uid, one.owner, one.role))],
+    )
+    for one in listing.streams:
+        if one.message and not one.ended:
+            say(plain(f"{one.uid} ({one.role}): {one.message}"))
+
+
+def _row(status: Status) -> Sequence[str]:
+    over = status.ended
+    gateways = dict.fromkeys(relay.gateway for relay in status.relays if relay.gateway)
+    return [
+        status.uid,
+        status.role,
+        f"{status.state} {status.reason}" if status.reason else status.state,
+        status.mode,
+        "-" if over else in_units(status.bits_per_s.to_consumer, "bit/s"),
+        "-" if over else in_units(status.bits_per_s.to_producer, "bit/s"),
+        "-" if over else str(status.connections.active),
+        "-" if over or status.lease_remaining_s is None else in_time(status.lease_remaining_s),
+        (status.limiting.leg or "-").replace("_", " ") if status.limiting and not over else "-",
+        ",".join(gateways) or "-",
+        status.owner,
+    ]
+
+
+@s2cs.command()
+@click.argument("uid", required=False)
+@click.option(
+    "--role",
+    type=click.Choice(["PROD", "CONS"], case_sensitive=False),
+    metavar="PROD|CONS",
+    help="Only this side.",
+)
+@click.option("--all", "everything", is_flag=True, help="Every stream.")
+@click.option("--owner", metavar="URN", help="Only the streams of this owner.")
+@click.option("--yes", is_flag=True, help="Do not ask.")
+@common
+@with_settings
+def release(
+    settings: Settings, uid: str | None, role: Role | None, owner: str | None, *, everything: bool, yes: bool
+) -> None:
+    """End the stream UID, or all of them, whoever owns them.
+
+    Exits with 1 if one could not be ended; the others are.
+    """
+    if (uid is None) != everything:
+        raise click.UsageError("give a UID or --all" if uid is None else "give a UID or --all, not both")
+    with settings.service() as service:
+        chosen = [
+            one
+            for one in service.survey(owner=owner).streams
+            if uid in (None, one.uid) and role in (None, one.role)
+        ]
+        if uid is not None:
+            _check_chosen(chosen, uid=uid, facility=service.config.name)
+        elif owner is None and not yes and chosen:
+            _confirm(f"End all {len(chosen)} streams of facility {service.config.name}?")
+        released, failures = _release(service, chosen)
+    if settings.json:
+        document = {
+            "facility": service.config.name,
+            "released": [one.model_dump(mode="json") for one in released],
+            "left": [
+                {"owner": one.owner, "uid": one.uid, "role": one.role, "error": wrong.to_document()}
+                for one, wrong in failures
+            ],
+        }
+        put_document(document)
+    else:
+        for one in released:
+            put(_end_in_words(one))
+        if not chosen:
+            say(f"facility {service.config.name} has no streams" + (f" of {owner}" if owner else ""))
+    for left, wrong in failures:
+        say(f"{left.uid} ({left.role}) of {left.owner} is left: {plain(wrong.message)}")
+        if wrong.hint:
+            say(plain(f"  {wrong.hint}"))
+    if failures:
+        click.get_current_context().exit(1)
+
+
+def _check_chosen(chosen: Sequence[Status], *, uid: str, facility: str) -> None:
+    owners = sorted({one.owner for one in chosen})
+    if not owners:
+        raise NotFound(
+            f"facility {facility} has no such stream: {uid}", which=uid, hint="See `s2cs list --ended`"
+        )
+    if len(owners) > 1:
+        raise BadRequest(
+            f"{len(owners)} owners have a stream {uid!r}: {', '.join(owners)}",
+            which=uid,
+            hint="Say which with --owner URN",
+        )
+
+
+def _confirm(question: str) -> None:
+    if not click.get_text_stream("stdin").isatty():
+        raise click.UsageError("without a terminal, --all needs --yes or --owner")
+    if not click.confirm(question, err=True):
+        say("nothing was ended")
+        click.get_current_context().exit(1)
+
+
+def _release(
+    service: S2CS, chosen: Sequence[Status]
+) -> tuple[Sequence[Released], Sequence[tuple[Status, ScistreamError]]]:
+    released: list[Released] = []
+    failures: list[tuple[Status, ScistreamError]] = []
+    with progress("") as now:
+        for number, one in enumerate(chosen, 1):
+            now.says(f"{number} of {len(chosen)}: {one.uid} ({one.role})")
+            try:
+                # nothing is answered for one that has ended by itself meanwhile
+                released += service.evict(owner=one.owner, uid=one.uid, role=one.role) or [
+                    Released(uid=one.uid, role=one.role)
+                ]
+            except ScistreamError as wrong:
+                failures.append((one, wrong))
+    return released, failures
+
+
+def _end_in_words(released: Released) -> str:
+    side = f"{released.uid} ({released.role})"
+    if released.end is None:
+        return f"{side} had ended"
+    there, back = released.end.bytes.to_consumer, released.end.bytes.to_producer
+    return (
+        f"{side} of {released.end.owner} has ended: {in_units(there, 'B')} to the consumer,"
+        f" {in_units(back, 'B')} to the producer"
+    )
+
+
+# --- audit
+
+
+@s2cs.command()
+@click.option("--owner", metavar="URN", help="Only what concerns this owner.")
+@click.option("--uid", metavar="UID", help="Only what concerns streams of this name.")
+@click.option("--since", "since_s", type=Span(), metavar="TIME", help="Only the last 90s, 10m, 1h, 2d.")
+@click.option(
+    "--follow", is_flag=True, help="Go on until Ctrl-C. With --format json, a document on each line."
+)
+@common
+@with_settings
+def audit(
+    settings: Settings, owner: str | None, uid: str | None, since_s: float | None, *, follow: bool
+) -> None:
+    """Show who opened, changed, ended or was refused what, oldest first."""
+    with settings.service() as service:
+        if follow:
+            for line in _followed(service, owner=owner, uid=uid, since_s=since_s):
+                put(json.dumps(line) if settings.json else _in_words(line))
+            return
+        lines = service.audit(owner=owner, uid=uid, since_s=since_s)
+        if settings.json:
+            put_document({"facility": service.config.name, "lines": list(lines)})
+            return
+        for line in lines:
+            put(_in_words(line))
+
+
+def _followed(
+    service: S2CS, *, owner: str | None, uid: str | None, since_s: float | None
+) -> Iterator[Mapping[str, Any]]:
+    """The lines so far, and each one that comes; it ends with the process."""
+    from scistream_flows.registry import said_at
+
+    earliest = "" if since_s is None else said_at(max(0.0, time.time() - since_s))
+    file = service.config.state_dir / "audit.jsonl"
+    seen, size = 0, -1
+    while True:
+        now = file.stat().st_size if file.exists() else 0
+        if now != size:  # it only ever grows: what was seen is skipped
+            size = now
+            for line in islice(service.audit(owner=owner, uid=uid), seen, None):
+                seen += 1
+                if str(line.get("at", "")) >= earliest:
+                    yield line
+        time.sleep(POLL_S / 4)
+
+
+def _in_words(line: Mapping[str, Any]) -> str:
+    rest = dict(line)
+    at, event, owner = (str(rest.pop(key, "-")) for key in ("at", "event", "owner"))
+    uid, role = rest.pop("uid", None), rest.pop("role", None)
+    side = f"{uid} ({role})" if uid else "-"
+    details = " ".join(f"{key}={_value(value)}" for key, value in rest.items())
+    return f"{at}  {event:<7}  {side}  {owner}  {details}".rstrip()
+
+
+def _value(value: Any) -> str:
+    plain = isinstance(value, str) and re.fullmatch(r"[^\s\"=\x00-\x1f\x7f]+", value)
+    return str(value) if plain else json.dumps(value)
+
+
+# --- gateways
+
+
+@s2cs.group()
+@common
+def gateway() -> None:
+    """See the gateways, and take one out of service."""
+
+
+@gateway.command("list")
+@common
+@with_settings
+def gateway_list(settings: Settings) -> None:
+    """Show each gateway: whether it answers, and what of it is booked."""
+    with settings.service() as service:
+        reports = _reports(service)
+    if settings.json:
+        put_document(
+            {
+                "facility": service.config.name,
+                "gateways": [one.model_dump(mode="json", exclude={"protocol"}) for one in reports],
+            }
+        )
+        return
+    headings = ("GATEWAY", "KIND", "STATE", "STREAMS", "LISTENERS", "CONNECTIONS", "RESERVED")
+    put_table(headings, [_gateway_row(one) for one in reports])
+    for one in reports:
+        if one.message:
+            say(plain(f"{one.name}: {one.message}"))
+
+
+def _gateway_row(report: GatewayReport) -> Sequence[str]:
+    states = [("draining", report.draining), ("no answer", not report.answers)]
+    capacity = in_units(report.capacity_mbits_per_s * 1e6, "bit/s") if report.capacity_mbits_per_s else ""
+    return [
+        report.name,
+        report.kind,
+        ", ".join(word for word, holds in states if holds) or "in service",
+        str(report.streams),
+        _of_all(str(report.listeners), str(report.ports or "")),
+        _of_all(str(report.connections), str(report.connection_budget or "")),
+        _of_all(in_units(report.reserved_mbits_per_s * 1e6, "bit/s"), capacity),
+    ]
+
+
+def _of_all(used: str, all_: str) -> str:
+    return f"{used} of {all_}" if all_ else used
+
+
+@gateway.command()
+@click.argument("name")
+@click.option("--wait", is_flag=True, help="Wait until its last stream has ended.")
+@click.option(
+    "--timeout-s", type=click.FloatRange(0), metavar="N", help="Wait at most so long; exit with 1 then."
+)
+@common
+@with_settings
+def drain(settings: Settings, name: str, *, wait: bool, timeout_s: float | None) -> None:
+    """Let the gateway NAME take no new stream. Those that run go on."""
+    if timeout_s is not None and not wait:
+        raise click.UsageError("--timeout-s is for --wait")
+    with settings.service() as service:
+        service.drain(name)
+        report = _report(service, name)
+        if wait:
+            report = _wait_until_empty(service, report, timeout_s)
+    _put_gateway(settings, report, f"takes no new stream, {_streams(report.streams)} left")
+
+
+@gateway.command()
+@click.argument("name")
+@common
+@with_settings
+def undrain(settings: Settings, name: str) -> None:
+    """Let the gateway NAME take new streams again."""
+    with settings.service() as service:
+        service.undrain(name)
+        report = _report(service, name)
+    _put_gateway(settings, report, f"takes new streams, has {_streams(report.streams)}")
+
+
+def _report(service: S2CS, name: str) -> GatewayReport:
+    return next(one for one in _reports(service) if one.name == name)
+
+
+def _reports(service: S2CS) -> Sequence[GatewayReport]:
+    service.survey()  # so that what has ended by itself is not counted
+    return service.gateways()
+
+
+def _wait_until_empty(service: S2CS, report: GatewayReport, timeout_s: float | None) -> GatewayReport:
+    deadline = None if timeout_s is None else time.monotonic() + timeout_s
+    said = None
+    with progress("") as now:
+        while report.streams:
+            words = f"gateway {report.name}: {_streams(report.streams)} left"
+            words += "" if report.answers else f" ({plain(report.message or 'it does not answer')})"
+            now.says(words)
+            if words != said and not now.shows:
+                say(words)
+                said = words
+            left_s = POLL_S if deadline is None else min(POLL_S, deadline - time.monotonic())
+            if left_s <= 0:
+                raise WaitTimeout(
+                    f"gateway {report.name} still has {_streams(report.streams)} after {in_time(timeout_s or 0)}",
+                    which=report.name,
+                    hint="It takes no new one. Wait on, or end them: s2cs list, s2cs release",
+                )
+            time.sleep(left_s)
+            report = _report(service, report.name)
+    return report
+
+
+def _put_gateway(settings: Settings, report: GatewayReport, words: str) -> None:
+    if settings.json:
+        put_document(report.model_dump(mode="json"))
+    else:
+        put(f"gateway {report.name} {words}")
+
+
+def _streams(number: int) -> str:
+    return f"{number or 'no'} stream{'' if number == 1 else 's'}"
+
+
+def main() -> NoReturn:
+    """The entry point of `s2cs`."""
+    run(s2cs, name="s2cs", asked=Settings())
