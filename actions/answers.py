@@ -1,0 +1,171 @@
+"""Around every request: its size, its host, a line in the log, and one form for all errors."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Collection
+from http import HTTPStatus
+from typing import Any, Final
+
+from fastapi import FastAPI, Request
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import JSONResponse
+from starlette.datastructures import Headers
+from starlette.exceptions import HTTPException
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from scistream_flows.errors import PROTOCOL, BadRequest, ProtocolMismatch, ScistreamError, Unauthenticated
+
+from .auth import check_host
+
+log = logging.getLogger("scistream_flows.access")
+
+LONGEST_BODY_BYTES: Final = 256 * 1024
+
+
+def answer(wrong: ScistreamError, *, status: int | None = None) -> JSONResponse:
+    """The document of an error, with its HTTP status."""
+    headers = {"WWW-Authenticate": wrong.challenge} if isinstance(wrong, Unauthenticated) else None
+    return JSONResponse(wrong.to_document(), status_code=status or wrong.http_status, headers=headers)
+
+
+def answer_errors(app: FastAPI) -> None:
+    """Give every error its document: ours, those of the framework, and those that nobody expected."""
+
+    async def ours(_: Request, wrong: Exception) -> JSONResponse:
+        return answer(wrong if isinstance(wrong, ScistreamError) else ScistreamError(str(wrong)))
+
+    async def invalid(_: Request, wrong: Exception) -> JSONResponse:
+        assert isinstance(wrong, RequestValidationError)  # noqa: S101 - it is registered for these only
+        error = _complaint(wrong)
+        return answer(error, status=400 if error.details.get("json") is False else None)
+
+    async def of_the_framework(_: Request, wrong: Exception) -> JSONResponse:
+        assert isinstance(wrong, HTTPException)  # noqa: S101 - it is registered for these only
+        phrase = HTTPStatus(wrong.status_code).phrase
+        document = {
+            "protocol": PROTOCOL,
+            "code": phrase.lower().replace(" ", "-"),
+            "message": wrong.detail or phrase,
+            "which": "",
+            "hint": "The paths and what they take are in /openapi.json"
+            if wrong.status_code in (404, 405)
+            else "",
+            "details": {},
+        }
+        return JSONResponse(document, status_code=wrong.status_code, headers=wrong.headers)
+
+    async def unexpected(_: Request, wrong: Exception) -> JSONResponse:  # noqa: ARG001 - the server logs it
+        return answer(ScistreamError("the facility has made a mistake; its log says which"))
+
+    app.add_exception_handler(ScistreamError, ours)
+    app.add_exception_handler(RequestValidationError, invalid)
+    app.add_exception_handler(HTTPException, of_the_framework)
+    app.add_exception_handler(Exception, unexpected)
+
+
+def _complaint(wrong: RequestValidationError) -> ScistreamError:
+    """What is wrong with a request, field by field; the values stay out, they may be long or private."""
+    fields: dict[str, str] = {}
+    for mistake in wrong.errors():
+        place = ".".join(str(part) for part in mistake["loc"][1:])
+        words = str(mistake["msg"]).removeprefix("Value error, ")
+        if mistake["type"] == "json_invalid":
+            return BadRequest("the body is not JSON", which="body", hint="Send one JSON document", json=False)
+        if place.rpartition(".")[2] == "protocol" and mistake["type"] == "literal_error":
+            theirs = mistake.get("input")
+            return ProtocolMismatch(
+                f"{place} is {theirs if isinstance(theirs, int) else 'none'}, this side speaks {PROTOCOL}",
+                which=place,
+                hint="Run versions of the same protocol on both sides",
+                theirs=theirs if isinstance(theirs, int) else None,
+                ours=PROTOCOL,
+            )
+        fields[place] = words
+    said = "; ".join(f"{name}: {words}" if name else words for name, words in fields.items())
+    return BadRequest(
+        f"the request is wrong: {said}", which="request", hint="See /openapi.json", fields=fields
+    )
+
+
+class Doorkeeper:
+    """Sees every request first: refuses what is too large or meant for another host, and logs all of them.
+
+    A line of the log has the client, the method, the path without its query, the status and the time; never a header.
+
+    Args:
+        app: What comes after.
+        hosts: What `Host` may say; None leaves it to TLS and the token.
+    """
+
+    def __init__(self, app: ASGIApp, *, hosts: Collection[str] | None = None) -> None:
+        self._app = app
+        self._hosts = hosts
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Handle one request."""
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        began = time.monotonic()
+        status = 0
+
+        async def noting(message: Message) -> None:
+            nonlocal status
+            if message["type"] == "http.response.start":
+                status = message["status"]
+            await send(message)
+
+        try:
+            refusal = self._refusal(Headers(scope=scope))
+            if refusal is not None:
+                await refusal(scope, receive, noting)
+            else:
+                await self._app(scope, _counted(receive), noting)
+        except Exception:
+            status = 500
+            raise
+        finally:
+            client = (scope.get("client") or ("-",))[0]
+            path = scope["path"].encode("unicode_escape").decode()
+            log.info(
+                "%s %s %s %s %.0f ms",
+                client,
+                scope["method"],
+                path,
+                status or "-",
+                1000 * (time.monotonic() - began),
+            )
+
+    def _refusal(self, headers: Headers) -> JSONResponse | None:
+        if self._hosts is not None:
+            try:
+                check_host(headers.get("host"), headers.get("origin"), allowed=self._hosts)
+            except ScistreamError as wrong:
+                return answer(wrong)
+        length = headers.get("content-length", "0")
+        if not length.isdecimal() or int(length) > LONGEST_BODY_BYTES:
+            return answer(_too_large(), status=413)
+        return None
+
+
+def _counted(receive: Receive) -> Receive:
+    """Receive, until the body is larger than allowed: a length that was not announced counts too."""
+    count = 0
+
+    async def counting() -> Any:
+        nonlocal count
+        message = await receive()
+        count += len(message.get("body", b""))
+        if count > LONGEST_BODY_BYTES:
+            raise HTTPException(413, _too_large().message)
+        return message
+
+    return counting
+
+
+def _too_large() -> ScistreamError:
+    return BadRequest(
+        f"the body is larger than {LONGEST_BODY_BYTES} bytes", which="body", hint="Send a smaller document"
+    )

@@ -1,0 +1,187 @@
+"""The verbs of a facility as plain REST, for Registered APIs and scripts: `/streams`, thin over S2CS."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from functools import partial
+from typing import Annotated, Final, Literal, TypeVar
+
+from fastapi import APIRouter, Path, Query
+from pydantic import BaseModel, ConfigDict, Field
+from starlette.requests import HTTPConnection
+
+from scistream_flows.errors import PROTOCOL, Busy
+from scistream_flows.models import (
+    UID_PATTERN,
+    URN_PATTERN,
+    Hello,
+    LeaseS,
+    Listing,
+    ListQuery,
+    Networks,
+    Offer,
+    Peer,
+    RateMbits,
+    Release,
+    Released,
+    Renewal,
+    Request,
+    Role,
+    Status,
+    StatusQuery,
+    Target,
+    Targets,
+    Update,
+    read,
+)
+from scistream_flows.s2cs import S2CS
+
+from .auth import Authenticator, admit
+from .lifecycle import identify
+from .provider import ERRORS, Authorization, proof
+
+AT_ONCE: Final = 24
+"""Verbs at a time: a gateway that hangs must not take all threads from the actions."""
+
+Uid = Annotated[str, Path(pattern=UID_PATTERN, description="The name of the stream")]
+Side = Annotated[Role, Path(description="PROD beside the application that listens, CONS beside the other")]
+Owner = Annotated[
+    str | None,
+    Query(pattern=URN_PATTERN, description="Whose, where several share streams of one name with you"),
+]
+
+A = TypeVar("A", bound=BaseModel)
+M = TypeVar("M", bound=BaseModel)
+
+
+class _Body(BaseModel):
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
+
+    protocol: Literal[1] = PROTOCOL
+
+
+class Change(_Body):
+    """What to change; what is left out stays."""
+
+    peers: Annotated[list[Peer], Field(max_length=256)] | None = None
+    targets: Annotated[list[Target], Field(min_length=1, max_length=256)] | None = None
+    consumers: Networks | None = None
+    rate_mbits_per_s: RateMbits | None = None
+
+
+class Arrival(_Body):
+    """Where the application is: PROD its `targets`, CONS the `consumers` that may connect."""
+
+    targets: Targets = []
+    consumers: Networks = []
+
+
+class Extension(_Body):
+    """Renew by the seconds of the request, or by `lease_s`."""
+
+    lease_s: LeaseS | None = None
+
+
+class Shown(BaseModel):
+    """Which streams to list: also those that ended within a day; everybody's, for administrators."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    include_ended: bool = False
+    all_owners: bool = False
+
+
+class _Asking:
+    """Does verbs for whoever calls."""
+
+    def __init__(self, service: S2CS, auth: Authenticator) -> None:
+        self._service = service
+        self._auth = auth
+        self._places = threading.BoundedSemaphore(AT_ONCE)
+
+    def __call__(self, authorization: str | None, verb: Callable[..., A], document: BaseModel) -> A:
+        """What the verb answers to the caller."""
+        groups = self._service.names_groups(getattr(document, "uid", None))
+        identity = identify(self._auth, authorization, groups=groups)
+        name = self._service.config.name
+        if not self._places.acquire(timeout=1):
+            raise Busy(
+                f"facility {name} is doing {AT_ONCE} requests already",
+                which=name,
+                hint="Try again in a moment; if it lasts, look for a gateway that hangs",
+            )
+        try:
+            return verb(document, owner=identity.urns)
+        finally:
+            self._places.release()
+
+
+def routes(service: S2CS, *, auth: Authenticator) -> APIRouter:
+    """The routes of a facility's streams."""
+    router = APIRouter(prefix="/streams", tags=["streams"], responses=ERRORS, dependencies=proof(auth))
+    as_caller = _Asking(service, auth)
+
+    @router.post("", operation_id="request_stream", response_model_exclude_none=True)
+    def request(document: Request, authorization: Authorization) -> Offer:
+        """Open one side. The same request again answers the same offer, and renews the lease."""
+        admit(auth, authorization, auth.config.runnable_by)
+        return as_caller(authorization, service.request, document)
+
+    @router.get("", operation_id="list_streams", response_model_exclude_none=True)
+    def list_streams(
+        authorization: Authorization,
+        query: Annotated[Shown, Query()],
+    ) -> Listing:
+        """The streams that the caller owns, manages or monitors."""
+        return as_caller(authorization, service.list, ListQuery(**vars(query)))
+
+    @router.get("/{uid}/{role}", operation_id="stream_status", response_model_exclude_none=True)
+    def status(uid: Uid, role: Side, authorization: Authorization, owner: Owner = None) -> Status:
+        """The state of one side, also for a day after its end. Looking renews nothing."""
+        return as_caller(authorization, service.status, StatusQuery(uid=uid, role=role, owner=owner))
+
+    @router.patch("/{uid}/{role}", operation_id="update_stream", response_model_exclude_none=True)
+    def update(
+        uid: Uid, role: Side, change: Change, authorization: Authorization, owner: Owner = None
+    ) -> Status:
+        """Change peers, targets, consumers or the rate of a running side."""
+        return as_caller(authorization, service.update, _document(Update, uid, role, owner, change))
+
+    @router.post("/{uid}/{role}/hello", operation_id="hello_stream", response_model_exclude_none=True)
+    def hello(
+        uid: Uid,
+        role: Side,
+        arrival: Arrival,
+        authorization: Authorization,
+        http: HTTPConnection,
+        owner: Owner = None,
+    ) -> Offer:
+        """The application says where it is; answers the offer. At CONS without `consumers`: where it calls from."""
+        from_here = http.client.host if http.client and role == "CONS" and not arrival.consumers else None
+        say = partial(service.hello, caller_address=from_here)
+        return as_caller(authorization, say, _document(Hello, uid, role, owner, arrival))
+
+    @router.post("/{uid}/{role}/renew", operation_id="renew_stream", response_model_exclude_none=True)
+    def renew(
+        uid: Uid,
+        role: Side,
+        authorization: Authorization,
+        extension: Extension = Extension(),  # noqa: B008 - frozen
+        owner: Owner = None,
+    ) -> Status:
+        """Renew the lease; on a side that has ended, answer how it ended."""
+        return as_caller(authorization, service.renew, _document(Renewal, uid, role, owner, extension))
+
+    @router.delete("/{uid}/{role}", operation_id="release_stream", response_model_exclude_none=True)
+    def release(uid: Uid, role: Side, authorization: Authorization, owner: Owner = None) -> Released:
+        """End one side. Repeating it, or releasing what never was, is no error."""
+        return as_caller(authorization, service.release, Release(uid=uid, role=role, owner=owner))
+
+    return router
+
+
+def _document(model: type[M], uid: str, role: Role, owner: str | None, body: BaseModel) -> M:
+    """The document of a verb, checked as a whole: what fits the role is not seen in the body alone."""
+    fields = body.model_dump(mode="json", exclude_unset=True)
+    return read(model, {**fields, "protocol": PROTOCOL, "uid": uid, "role": role, "owner": owner})

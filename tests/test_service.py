@@ -1,0 +1,246 @@
+"""The server around a facility: what it binds, whom it lets in, what it says, how it ends."""
+
+from __future__ import annotations
+
+import datetime as dt
+import ipaddress
+import os
+import socket
+import ssl
+import stat
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+from cryptography import x509
+from cryptography.hazmat.primitives import hashes, serialization
+from cryptography.hazmat.primitives.asymmetric import ec
+from serving import Caller, Served, serving
+from standins.globus import Globus
+
+from scistream_flows.actions.service import serve
+from scistream_flows.config import FacilityConfig, load_facility
+from scistream_flows.errors import BadRequest, ConfigError, ScistreamError
+
+GLOBUS = """
+[globus]
+client_id = "{client_id}"
+client_secret_file = "{secret}"
+"""
+
+
+@pytest.fixture(scope="module")
+def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
+    """A development facility without any file."""
+    with serving(tmp_path_factory.mktemp("served"), "aps", development=True) as served:
+        yield served
+
+
+@pytest.fixture
+def caller(served: Served, relays_below: Callable[..., list[int]]) -> Iterator[Caller]:
+    caller = Caller(served, served.token)
+    yield caller
+    caller.close()
+    assert relays_below(served.state_dir.parent, patience_s=5) == []
+
+
+@pytest.fixture
+def certificate(tmp_path: Path) -> tuple[Path, Path]:
+    """A certificate for 127.0.0.1, and its key."""
+    key = ec.generate_private_key(ec.SECP256R1())
+    name = x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, "facility")])
+    now = dt.datetime.now(dt.timezone.utc)
+    signed = (
+        x509.CertificateBuilder()
+        .subject_name(name)
+        .issuer_name(name)
+        .public_key(key.public_key())
+        .serial_number(x509.random_serial_number())
+        .not_valid_before(now - dt.timedelta(days=1))
+        .not_valid_after(now + dt.timedelta(days=1))
+        .add_extension(
+            x509.SubjectAlternativeName([x509.IPAddress(ipaddress.ip_address("127.0.0.1"))]), critical=False
+        )
+        .sign(key, hashes.SHA256())
+    )
+    chain, private = tmp_path / "chain.pem", tmp_path / "key.pem"
+    chain.write_bytes(signed.public_bytes(serialization.Encoding.PEM))
+    private.write_bytes(
+        key.private_bytes(
+            serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
+        )
+    )
+    return chain, private
+
+
+def with_a_client(tmp_path: Path) -> FacilityConfig:
+    """The configuration of a facility that has a Globus client."""
+    secret = tmp_path / "secret"
+    secret.write_text("secret")
+    secret.chmod(0o600)
+    file = tmp_path / "aps.toml"
+    file.write_text(
+        '[facility]\nname = "aps"\n[[gateway]]\nname = "g"\nwan_bind = "127.0.0.1"\nlan_bind = "127.0.0.1"\n'
+        + GLOBUS.format(client_id="45d14160-9ad2-42da-9e7c-5640886b2945", secret=secret)
+    )
+    return load_facility("aps", file=file)
+
+
+# --- development mode
+
+
+def test_a_development_facility_is_served_on_loopback_with_a_token_in_a_file(
+    served: Served, caller: Caller
+) -> None:
+    assert served.url.startswith("http://127.0.0.1:")
+    token = served.state_dir / "token"
+    assert stat.S_IMODE(token.stat().st_mode) == 0o600
+    assert f"the token is in {token}" in served.log.read_text()
+    status = caller.details("start", {"stream_id": "s", "role": "PROD", "targets": ["127.0.0.1:9"]})
+    assert status["state"] == "LISTENING"
+    (stream,) = caller.ask("GET", "/streams").json()["streams"]
+    assert stream["owner"] == f"urn:scistream:unix:{os.geteuid()}@{socket.gethostname()}"
+    caller.details("release", {"stream_id": "s", "role": "PROD"})
+
+
+def test_without_the_token_of_the_file_nobody_comes_in(served: Served) -> None:
+    for headers in ({}, {"Authorization": "Bearer guess"}):
+        answer = httpx.get(served.url + "/streams", headers=headers, timeout=30)
+        assert answer.status_code == 401
+
+
+@pytest.mark.parametrize(
+    "headers",
+    [
+        {"Host": "evil.example"},
+        {"Host": "127.0.0.1"},
+        {"Host": "localhost.evil.example:80"},
+        {"Origin": "https://evil.example"},
+        {"Origin": "null"},
+    ],
+)
+def test_a_page_of_elsewhere_cannot_call_a_development_facility(
+    served: Served, caller: Caller, headers: dict[str, str]
+) -> None:
+    for path in ("/streams", "/health", "/openapi.json"):
+        answer = caller.ask("GET", path, headers=headers)
+        assert (answer.status_code, answer.json()["code"]) == (403, "denied")
+    port = served.url.rpartition(":")[2]
+    for name in ("localhost", "127.0.0.1", "[::1]"):
+        own = {"Host": f"{name}:{port}", "Origin": f"http://{name}:{port}"}
+        assert caller.ask("GET", "/streams", headers=own).status_code == 200
+
+
+def test_health_says_that_it_answers_and_nothing_else(served: Served) -> None:
+    answer = httpx.get(served.url + "/health", timeout=30)
+    assert (answer.status_code, answer.json()) == (200, {"status": "ok"})
+    assert "server" not in answer.headers
+
+
+# --- what is refused
+
+
+@pytest.mark.parametrize("address", ["0.0.0.0", "::", "192.0.2.1"])
+def test_without_a_globus_client_only_loopback_is_bound(
+    state_base: Path, address: str, certificate: tuple[Path, Path]
+) -> None:
+    chain, key = certificate
+    with pytest.raises(BadRequest, match="without a Globus client only loopback"):
+        serve(load_facility("aps"), listener_ip=address, certificate=chain, key=key)
+    assert not (state_base / "aps").exists()
+
+
+@pytest.mark.parametrize("address", ["0.0.0.0", "::", "192.0.2.1"])
+def test_without_a_certificate_only_loopback_is_bound(tmp_path: Path, state_base: Path, address: str) -> None:
+    with pytest.raises(BadRequest, match="not served without a certificate"):
+        serve(with_a_client(tmp_path), listener_ip=address)
+    assert not (state_base / "aps").exists()
+
+
+@pytest.mark.usefixtures("state_base")
+def test_an_address_that_cannot_be_bound_is_named(free_address: str) -> None:
+    host, port = free_address.rsplit(":", 1)
+    with (
+        socket.create_server((host, int(port))),
+        pytest.raises(BadRequest, match=f"{free_address} cannot be bound"),
+    ):
+        serve(load_facility("aps"), port=int(port))
+    with pytest.raises(BadRequest, match="numeric"):
+        serve(load_facility("aps"), listener_ip="gateway.example.org")
+
+
+@pytest.mark.usefixtures("state_base")
+def test_a_certificate_that_cannot_be_used_is_named(tmp_path: Path) -> None:
+    broken = tmp_path / "broken.pem"
+    broken.write_text("nothing")
+    for chain, key in ((tmp_path / "none.pem", None), (broken, broken)):
+        with pytest.raises(ConfigError, match=chain.name):
+            serve(load_facility("aps"), certificate=chain, key=key)
+    with pytest.raises(BadRequest, match="a key without a certificate"):
+        serve(load_facility("aps"), key=broken)
+
+
+def test_what_is_wrong_with_the_state_is_said_before_anything_is_served(state_base: Path) -> None:
+    (state_base / "aps").mkdir(mode=0o755)
+    (state_base / "aps").chmod(0o755)
+    with pytest.raises(ScistreamError, match="not a directory of this user alone"):
+        serve(load_facility("aps"))
+
+
+# --- with a Globus client
+
+
+def test_with_a_certificate_it_speaks_tls_only(tmp_path: Path, certificate: tuple[Path, Path]) -> None:
+    chain, key = certificate
+    options: dict[str, Any] = {"certificate": str(chain), "key": str(key), "workers": 2}
+    with Globus() as globus:
+        client, scope = globus.add_facility()
+        secret = tmp_path / "secret"
+        secret.write_text(str(client.secret))
+        secret.chmod(0o600)
+        more = GLOBUS.format(client_id=client.id, secret=secret)
+        with serving(tmp_path, "aps", more=more, environment=globus.environment, **options) as served:
+            assert served.url.startswith("https://127.0.0.1:")
+            token = globus.mint(globus.add_person("ada@example.org"), scope)
+            context = ssl.create_default_context(cafile=str(chain))
+            with httpx.Client(verify=context, timeout=30) as http:
+                answer = http.get(served.url + "/streams", headers={"Authorization": f"Bearer {token}"})
+                assert (answer.status_code, answer.json()["streams"]) == (200, [])
+                # a proxy or a name in front of it is no concern of ours here: TLS and the token say who is who
+                named = http.get(served.url + "/health", headers={"Host": "gateway.example.org"})
+                assert named.status_code == 200
+            with pytest.raises(httpx.TransportError):
+                httpx.get(served.url.replace("https", "http") + "/health", timeout=30)
+    said = served.log.read_text()
+    assert str(client.secret) not in said
+    assert token not in said
+
+
+def test_who_may_not_run_actions_is_forbidden_to(tmp_path: Path) -> None:
+    with Globus() as globus:
+        client, scope = globus.add_facility()
+        ada, bob = (globus.add_person(f"{name}@example.org") for name in ("ada", "bob"))
+        secret = tmp_path / "secret"
+        secret.write_text(str(client.secret))
+        secret.chmod(0o600)
+        more = GLOBUS.format(client_id=client.id, secret=secret)
+        more += f'runnable_by = ["{ada.urn}"]\nvisible_to = ["all_authenticated_users"]\n'
+        with serving(tmp_path, "aps", more=more, environment=globus.environment) as served:
+            adas, bobs = (Caller(served, globus.mint(one, scope)) for one in (ada, bob))
+            body = {"stream_id": "s", "role": "PROD", "targets": ["127.0.0.1:9"]}
+            assert httpx.get(f"{served.url}/actions/start", timeout=30).status_code == 401
+            description = bobs.ask("GET", "/actions/start").json()
+            assert description["runnable_by"] == [ada.urn]
+            refused = bobs.run("start", body)
+            assert (refused.status_code, refused.json()["code"]) == (403, "denied")
+            document = {"uid": "s", "role": "PROD", "targets": ["127.0.0.1:9"]}
+            assert bobs.ask("POST", "/streams", json=document).status_code == 403
+            # what he may do with a stream, its owner says
+            adas.details("start", body, manage_by=[bob.urn])
+            assert (
+                bobs.details("release", {"stream_id": "s", "role": "PROD"})["final"]["reason"] == "released"
+            )
+            adas.close()
+            bobs.close()
