@@ -88,14 +88,16 @@ def runs() -> Iterator[list[Run]]:
             run.process.communicate(timeout=60)
 
 
-def test_the_demo_streams_verifies_and_reports(tmp_path: Path, runs: list[Run]) -> None:
-    run = Run(tmp_path / "tmp", tmp_path / "out", *SHORT)
+@pytest.mark.parametrize("setup", ["flow", "python"])
+def test_the_demo_streams_verifies_and_reports(tmp_path: Path, runs: list[Run], setup: str) -> None:
+    run = Run(tmp_path / "tmp", tmp_path / "out", *SHORT, *(["--setup", setup] if setup != "flow" else []))
     runs.append(run)
     said = run.output()
     assert run.process.returncode == 0, said
 
     result = json.loads((tmp_path / "out/result.json").read_text())
-    assert result.keys() == {"relays_left", "streams"}
+    assert result.keys() == {"setup", "relays_left", "streams"}
+    assert result["setup"] == setup
     assert result["relays_left"] == 0
     assert [stream["mode"] for stream in result["streams"]] == ["tls", "auth"]
     assert [stream["path"] for stream in result["streams"]] == ["tls-copy", "splice"]
@@ -114,6 +116,7 @@ def test_the_demo_streams_verifies_and_reports(tmp_path: Path, runs: list[Run]) 
     assert len(picture) > 100_000
     assert {path.name for path in (tmp_path / "out").iterdir()} == {"result.json", "stream.png"}
     assert "finished" in said
+    assert ("flow: ReleaseProducerRelay: released" in said) is (setup == "flow")
     assert run.left() == []
 
 

@@ -20,12 +20,15 @@ pytestmark = [pytest.mark.package, pytest.mark.timeout(600)]
 
 PROBE = """
 import importlib.util, json, pathlib, subprocess
-import scistream_flows, scistream_flows.actions
+import importlib.resources, scistream_flows, scistream_flows.actions
 from scistream_flows.relay import find_s2ds
 found = str(find_s2ds())
 print(json.dumps({
     "leaked": [name for name in ("actions", "relay") if importlib.util.find_spec(name)],
     "actions": scistream_flows.actions.__file__,
+    "definitions": sorted(
+        one.name for one in importlib.resources.files("scistream_flows.actions").joinpath("definitions").iterdir()
+    ),
     "s2ds": found,
     "version": json.loads(subprocess.run([found, "version", "--format", "json"], stdout=-1, check=True).stdout),
 }))
@@ -131,6 +134,18 @@ def assert_is_whole(binaries: Path, workshop: Workshop, *, actions_in: Path) -> 
     assert seen["version"] == {"name": "s2ds", "version": "0.1.0", "protocol": 1}
     assert os.access(binaries / "s2ds", os.X_OK)
     assert_is_static(binaries / "s2ds")
+    assert {"slices.json", "action-providers.json", "compute-only.json"} <= set(seen["definitions"])
+    # the commands are there without any extra, and say which one they lack
+    for command in (["s2cs", "--version"], ["s2cs", "init", "--help"], ["scistream-flows", "--version"]):
+        done = run(binaries / command[0], *command[1:], cwd=neutral, env=workshop.env)
+        assert done.returncode == 0, done.stderr
+    for command, extra in (
+        (["s2cs", "--facility", "aps", "--port", "0"], "server"),
+        (["scistream-flows", "validate", "flow.json"], "flows"),
+    ):
+        done = run(binaries / command[0], *command[1:], cwd=neutral, env=workshop.env)
+        assert done.returncode == 1, done.stderr
+        assert f"pip install 'scistream-flows[{extra}]'" in done.stderr
 
 
 def test_a_wheel_built_from_the_checkout_is_whole(workshop: Workshop) -> None:

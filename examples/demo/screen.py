@@ -1,7 +1,7 @@
 """What a person sees of the demo in the terminal."""
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 from rich import box
@@ -25,6 +25,7 @@ class Watch:
         listener: what the consumer was told; empty until the stream is ready.
         lines: what the consumer has said so far.
         limiting: the leg that limits.
+        steps: the states that the flow has come through, each with the last thing it showed.
     """
 
     mode: str
@@ -33,13 +34,14 @@ class Watch:
     listener: str = ""
     lines: Sequence[dict[str, Any]] = ()
     limiting: str = "-"
+    steps: Mapping[str, str] = field(default_factory=dict)
 
     def samples(self) -> list[tuple[float, int]]:
         """Seconds since the first frame and bytes received until then."""
         return [(0.0, 0), *((line["elapsed_s"], line["bytes"]) for line in self.lines)]
 
     def __rich__(self) -> RenderableType:
-        """Three lines: what, how fast, and what the scientist gets."""
+        """What, how fast, what the scientist gets, and how far the flow is."""
         samples = self.samples()
         (then_s, then_bytes), (elapsed_s, received_bytes) = samples[-6:][0], samples[-1]
         gbit_per_s = (
@@ -64,7 +66,10 @@ class Watch:
             found.append(f"{latest['verified']} of {latest['frames']} frames as the image on disk")
             if latest["nuclei"] is not None:
                 found.append(f"; {latest['nuclei']} nuclei in view, {latest['stained_share']:.0%} stained")
-        return Group(head, bar, found)
+        if not self.steps:
+            return Group(head, bar, found)
+        step, shown = list(self.steps.items())[-1]
+        return Group(head, bar, found, Text(f"flow: {step}: {shown}", style="bright_black"))
 
 
 def summary(streams: Sequence[dict[str, Any]]) -> Table:
