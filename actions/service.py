@@ -123,6 +123,7 @@ class _Application:
         logging.basicConfig(
             level=logging.INFO, stream=sys.stderr, format="%(asctime)s %(levelname)s %(name)s: %(message)s"
         )
+        logging.getLogger("uvicorn").setLevel(logging.WARNING)  # where it serves, we say ourselves
         _end_with_the_parent()
         app = build(
             S2CS(self.config),
@@ -211,7 +212,9 @@ def serve(
 def _announce(said: str, built: Event | threading.Event) -> None:
     """Say it when the first process is about to serve; the socket listens already."""
     built.wait()
-    print(said, file=sys.stderr, flush=True)
+    # in one piece: print would let a line of the log in before the end of this one
+    sys.stderr.write(f"{said}\n")
+    sys.stderr.flush()
 
 
 def _admit_listener(listener_ip: str, *, development: bool, encrypted: bool) -> str:

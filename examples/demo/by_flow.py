@@ -5,6 +5,7 @@ import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future
+from concurrent.futures import TimeoutError as FutureTimeout  # one of its own before Python 3.11
 from typing import Any
 
 from scistream_flows import Facility, NotFound, ScistreamError, connect_facility
@@ -42,8 +43,9 @@ class FlowStream:
         name, output = details.get("state_name"), details.get("output") or {}
         if event["code"] in ("ActionPolled", "ActionCompleted"):
             self.steps[name] = output.get("display_status", output["status"])
+        if event["code"] == "ActionStarted" and name == "StartProducerRelay":
+            self._uid = details["input"]["stream_id"]
         if event["code"] == "ActionCompleted" and name == "StartConsumerRelay":
-            self._uid = output["details"]["stream_id"]
             (self.listener,) = output["details"]["listeners"]
         if event["code"] == "ActionCompleted" and name == "ConnectRelays":
             self._connected.set()
@@ -74,12 +76,15 @@ class FlowStream:
         Raises:
             ScistreamError: When the flow has failed.
         """
-        self.outcome.result(timeout_s).check()
+        try:
+            self.outcome.result(timeout_s).check()
+        except FutureTimeout as late:
+            raise ScistreamError(f"the flow has not ended within {timeout_s:g} s of its last frame") from late
         return dict(zip(self._facilities, self.sides(), strict=True))
 
     def release(self) -> None:
-        """End both sides: after a cancelled run no state releases them."""
-        for role, facility in self._facilities.items():
+        """End both sides, if they have not ended: after a cancelled run no state releases them."""
+        for role, facility in self._facilities.items() if self._uid else ():
             with contextlib.suppress(NotFound):
                 facility.release(Release(uid=self._uid, role=role))
 
@@ -121,8 +126,6 @@ def flow_stream(
         try:
             yield stream
         finally:
-            if not stream.outcome.done():
-                stream.cancelled.set()
-                thread.join()
-                stream.release()
+            stream.cancelled.set()
             thread.join()
+            stream.release()

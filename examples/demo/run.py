@@ -189,10 +189,18 @@ def run_stream(
 
 
 def write_whole(path: Path, content: bytes) -> None:
-    """Write a file in one step, so that two demos at once leave one or the other result, never a mixture."""
+    """Write a file in one step, so that two demos at once leave one or the other result, never a mixture.
+
+    Raises:
+        ApplicationError: When it cannot be written.
+    """
     part = path.with_name(f".{path.name}.{os.getpid()}")
-    part.write_bytes(content)
-    part.replace(path)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        part.write_bytes(content)
+        part.replace(path)
+    except OSError as wrong:
+        raise ApplicationError(f"{path} cannot be written: {wrong.strerror}; choose an --output") from None
 
 
 def shortcomings(result: dict[str, Any]) -> list[str]:
@@ -230,7 +238,6 @@ def demo(*, seconds: float, at_least_bytes: float, output: Path, setup: Setup, c
                 console.print()
         findings = nuclei.Findings.load(Path(folder) / "analysis.npz")
         result = {"setup": setup, "relays_left": len(processes_of(state_dir)), "streams": streams}
-    output.mkdir(parents=True, exist_ok=True)
     write_whole(output / "result.json", json.dumps(result, indent=2).encode() + b"\n")
     write_whole(output / "stream.png", picture.render(curves, findings))
     console.print(screen.summary(streams))
@@ -250,11 +257,21 @@ def interrupted(_number: int, _frame: FrameType | None) -> NoReturn:
     raise KeyboardInterrupt
 
 
+def positive(text: str) -> float:
+    """A number on the command line that the demo can come to."""
+    number = float(text)
+    if not 0 < number < float("inf"):
+        raise ValueError
+    return number
+
+
 def main() -> int:
     """Read the command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    parser.add_argument("--seconds", type=float, default=5, help="each stream lasts at least so long (5)")
-    parser.add_argument("--bytes", type=float, default=1e9, help="and carries at least so many bytes (1e9)")
+    parser.add_argument("--seconds", type=positive, default=5, help="each stream lasts at least so long (5)")
+    parser.add_argument(
+        "--bytes", type=positive, default=1e9, help="and carries at least so many bytes (1e9)"
+    )
     parser.add_argument("--output", type=Path, default=Path("build/demo"), help="folder of the results")
     parser.add_argument(
         "--setup", choices=("flow", "python"), default="flow", help="who sets up the streams (flow)"

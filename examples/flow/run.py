@@ -56,13 +56,14 @@ def program(*command: str | Path) -> Iterator[subprocess.Popen[str]]:
 
 
 def first_line(stream: IO[str] | None, pattern: str) -> str:
-    """What `pattern` finds in the first line that a program writes."""
+    """What `pattern` finds in the first line in which it finds something."""
     assert stream is not None
-    line = stream.readline()
-    found = re.search(pattern, line)
-    if found is None:
-        raise ScistreamError(f"a program did not start: {line}{stream.read()}")
-    return found[0]
+    said = ""
+    for line in stream:
+        said += line
+        if found := re.search(pattern, line):
+            return found[0]
+    raise ScistreamError(f"a program did not start: {said}")
 
 
 def address_of(facility: subprocess.Popen[str]) -> str:
