@@ -226,7 +226,7 @@ class Relays:
         raise RelayError(
             f"the relay on gateway {self._gateway} did not start: {failed.message}",
             which=self._gateway,
-            hint="Check the bind addresses and limits of the gateway in the facility's configuration",
+            hint="s2cs doctor says what is wrong with the gateway: its addresses, ports, limits and disk",
             errno=failed.errno,
             cause=failed.code,
             relay_id=relay_id,

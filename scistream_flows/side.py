@@ -131,7 +131,13 @@ def _leading(reports: Sequence[RelayStatus]) -> RelayStatus | None:
         ended = [report for report in reports if report.ended]
         return min(
             ended,
-            key=lambda one: (one.state != "FAILED", one.reason == "finished", one.reason == "admin"),
+            # a relay that was lost is the cause; that its peer saw an abort, a consequence
+            key=lambda one: (
+                one.state != "FAILED",
+                one.reason != "relay_lost",
+                one.reason == "finished",
+                one.reason == "admin",
+            ),
             default=None,
         )
     living = [report for report in living if not is_unheard(report)] or living

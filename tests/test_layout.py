@@ -26,6 +26,33 @@ LIFE = (
     "doctor",
 )
 
+# The same for what is installed as scistream_flows.actions.
+ACTIONS = (
+    "auth",
+    "records",
+    "documents",
+    "operations",
+    "lifecycle",
+    "answers",
+    "provider",
+    "rest",
+    "service",
+    "endpoint",
+    "console",
+    "settings",
+    "template",
+    "administration",
+    "expressions",
+    "choices",
+    "language",
+    "client",
+    "runner",
+    "render",
+    "tokens",
+    "deploy",
+    "flows",
+)
+
 
 def imported(path: Path) -> set[str]:
     """The modules of the package that a file imports, wherever in the file."""
@@ -48,6 +75,20 @@ def test_every_module_has_its_place_in_the_life_of_a_stream() -> None:
 def test_a_module_imports_only_those_before_it() -> None:
     for place, name in enumerate(LIFE):
         later = (imported(PACKAGE / f"{name}.py") & set(LIFE)) - set(LIFE[:place]) - {name}
+        assert not later, f"{name} imports {', '.join(sorted(later))}, which come later"
+
+
+def test_every_module_of_the_actions_has_its_place_too() -> None:
+    assert {path.stem for path in (ROOT / "actions").glob("*.py")} == {*ACTIONS, "__init__"}
+
+
+def test_a_module_of_the_actions_imports_only_siblings_before_it() -> None:
+    for place, name in enumerate(ACTIONS):
+        nodes = list(ast.walk(ast.parse((ROOT / "actions" / f"{name}.py").read_text())))
+        siblings = [node for node in nodes if isinstance(node, ast.ImportFrom) and node.level == 1]
+        found = {node.module for node in siblings if node.module}
+        found |= {one.name for node in siblings if not node.module for one in node.names}
+        later = found - set(ACTIONS[:place])
         assert not later, f"{name} imports {', '.join(sorted(later))}, which come later"
 
 

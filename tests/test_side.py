@@ -76,6 +76,7 @@ FINISHED, ABORTED, LOST = "ENDED/finished+", "FAILED/aborted_by_consumer+", "FAI
         # any other end is that of the side
         ([LOST, "STREAMING+*"], True, "FAILED/relay_lost"),
         (["STREAMING+*", FINISHED, LOST], True, "FAILED/relay_lost"),
+        ([ABORTED, LOST], True, "FAILED/relay_lost"),
         (["ENDED/lifetime_reached+", "STREAMING+*"], True, "ENDED/lifetime_reached"),
         (["FAILED/hello_timeout", "LISTENING"], True, "FAILED/hello_timeout"),
         (["ENDED/admin", "STREAMING+*"], True, "ENDED/admin"),
