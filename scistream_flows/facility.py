@@ -183,7 +183,8 @@ class ExecutorFacility(_Verbs):
     The workers need this package and the facility's configuration, and run on a machine that may start its relays.
 
     Args:
-        executor: Any `concurrent.futures.Executor`. It is not shut down here.
+        executor: Any `concurrent.futures.Executor`. It is not shut down here. A pool of processes starts them by
+            `spawn` or `forkserver`: a fork copies the locks that other threads hold, SQLite's too.
         facility: The facility's name, where the workers are.
         deadline_s: For each verb, from its submission on; a worker may have to start first.
     """
