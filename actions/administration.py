@@ -19,7 +19,7 @@ import click
 from click.core import ParameterSource
 
 from scistream_flows import __version__
-from scistream_flows.config import SYSTEM_CONFIG, FacilityConfig, config_folders
+from scistream_flows.config import SYSTEM_CONFIG, FacilityConfig, config_folders, load_facility
 from scistream_flows.errors import (
     BadRequest,
     ConfigError,
@@ -133,7 +133,7 @@ class _Gateway(click.ParamType):
         """The gateway that `value` spells."""
         name, separator, host = str(value).partition("=")
         if not re.fullmatch(UID_PATTERN, name) or (
-            separator and not re.fullmatch(r'[^\s@/"\\-][^\s@/"\\]*', host)
+            separator and not (host.isprintable() and re.fullmatch(r'[^\s@/"\\-][^\s@/"\\]*', host))
         ):
             self.fail(f"{value!r} is neither NAME nor NAME=HOST", param, ctx)
         return Place(name, host if separator else None)
@@ -151,16 +151,37 @@ class _Gateway(click.ParamType):
     metavar="NAME[=HOST]",
     help="A gateway on this machine, or on HOST over SSH. Repeat it for more.  [default: gw1]",
 )
+@click.option(
+    "--compute",
+    metavar="ENDPOINT",
+    help="Instead, the Globus Compute endpoint ENDPOINT for the facility, which is configured: its functions are"
+    " registered, its directory is written.",
+)
+@click.option("--email", default="", help="--compute: whom to ask; needed for an endpoint of root.")
+@click.option("--flows", is_flag=True, help="--compute: Globus Flows will use it too. Not verified.")
 @common
 @with_settings
 def init(
-    settings: Settings, name: str, directory: Path | None, gateways: Sequence[Place], *, force: bool
+    settings: Settings,
+    name: str,
+    directory: Path | None,
+    gateways: Sequence[Place],
+    compute: str | None,
+    email: str,
+    *,
+    force: bool,
+    flows: bool,
 ) -> None:
     """Write a commented facility.toml for the facility NAME.
 
     It goes to $SCISTREAM_CONFIG_DIR, else for root to /etc/scistream, else to $XDG_CONFIG_HOME/scistream. Until you
     edit it, its gateways listen on loopback only and nobody may connect anywhere.
     """
+    if compute is not None:
+        _write_endpoint(settings, name, compute, email=email, flows=flows, force=force)
+        return
+    if email or flows:
+        raise click.UsageError("--email and --flows go with --compute")
     if not re.fullmatch(UID_PATTERN, name):
         raise BadRequest(
             f"{name!r} cannot be the name of a facility",
@@ -188,6 +209,30 @@ def init(
     option = _option_for(name, written.file)
     say("Next: edit it (addresses, ports, who may do what), then look whether this machine is fit for it:")
     say(f"  s2cs doctor {option}".rstrip())
+
+
+def _write_endpoint(
+    settings: Settings, name: str, endpoint: str, *, email: str, flows: bool, force: bool
+) -> None:
+    from .endpoint import endpoint_directory, published_file, set_up
+
+    config = load_facility(name, file=settings.config)
+    if config.file is None:
+        raise ConfigError(
+            f"facility {name} has no configuration",
+            which=name,
+            hint=f"Write and edit it first: s2cs init {name}",
+        )
+    with progress(f"facility {name}: registering its functions"):
+        files = set_up(endpoint_directory(endpoint), facility=config, email=email, flows=flows, replace=force)
+    if settings.json:
+        functions = str(published_file(config))
+        put_document({"facility": name, "functions": functions, "files": [str(one) for one in files]})
+    else:
+        for one in files:
+            put(str(one))
+    say("Next: start it, and give its UUID, which `globus-compute-endpoint list` shows, to your users:")
+    say(f"  globus-compute-endpoint start {endpoint}")
 
 
 def _folder() -> Path:
@@ -239,6 +284,9 @@ def doctor(
     """
     from scistream_flows.doctor import examine
 
+    from .endpoint import check as check_endpoint
+    from .endpoint import endpoints_of
+
     if rtt_ms is not None and rtt_s is not None:
         raise click.UsageError("give --rtt-ms or --rtt-s, not both")
     config = settings.load()
@@ -258,6 +306,8 @@ def doctor(
             now.says(
                 f"facility {config.name}: {_number(len(findings), 'check')}, last {place}, {finding.check}"
             )
+        for directory in endpoints_of(config):
+            findings += check_endpoint(directory, facility=config)
     if settings.json:
         put_document({"facility": config.name, "findings": [one.model_dump(mode="json") for one in findings]})
     else:
@@ -509,12 +559,12 @@ def _in_words(line: Mapping[str, Any]) -> str:
     uid, role = rest.pop("uid", None), rest.pop("role", None)
     side = f"{uid} ({role})" if uid else "-"
     details = " ".join(f"{key}={_value(value)}" for key, value in rest.items())
-    return f"{at}  {event:<7}  {side}  {owner}  {details}".rstrip()
+    return plain(f"{at}  {event:<7}  {side}  {owner}  {details}".rstrip())
 
 
 def _value(value: Any) -> str:
-    plain = isinstance(value, str) and re.fullmatch(r"[^\s\"=\x00-\x1f\x7f]+", value)
-    return str(value) if plain else json.dumps(value)
+    is_word = isinstance(value, str) and value.isprintable() and re.fullmatch(r"[^\s\"=]+", value)
+    return str(value) if is_word else json.dumps(value)
 
 
 # --- gateways
@@ -569,9 +619,7 @@ def _of_all(used: str, all_: str) -> str:
 @gateway.command()
 @click.argument("name")
 @click.option("--wait", is_flag=True, help="Wait until its last stream has ended.")
-@click.option(
-    "--timeout-s", type=click.FloatRange(0), metavar="N", help="Wait at most so long; exit with 1 then."
-)
+@click.option("--timeout-s", type=Span(), metavar="N", help="Wait at most so long; exit with 1 then.")
 @common
 @with_settings
 def drain(settings: Settings, name: str, *, wait: bool, timeout_s: float | None) -> None:

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import time
 from collections.abc import Collection
 from http import HTTPStatus
 from typing import Any, Final
 
+import h11
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from starlette.datastructures import Headers
 from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
+from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from scistream_flows.errors import PROTOCOL, BadRequest, ProtocolMismatch, ScistreamError, Unauthenticated
 
@@ -22,6 +25,9 @@ from .auth import check_host
 log = logging.getLogger("scistream_flows.access")
 
 LONGEST_BODY_BYTES: Final = 256 * 1024
+
+REQUEST_WITHIN_S: Final = 10.0
+"""So long a caller may take for the head of a request, and again for its body, seconds."""
 
 
 def answer(wrong: ScistreamError, *, status: int | None = None) -> JSONResponse:
@@ -151,12 +157,18 @@ class Doorkeeper:
 
 
 def _counted(receive: Receive) -> Receive:
-    """Receive, until the body is larger than allowed: a length that was not announced counts too."""
+    """Receive, until the body is larger than allowed, announced or not, or takes longer than allowed."""
     count = 0
+    whole = False
+    deadline = time.monotonic() + REQUEST_WITHIN_S
 
     async def counting() -> Any:
-        nonlocal count
-        message = await receive()
+        nonlocal count, whole
+        try:
+            message = await asyncio.wait_for(receive(), None if whole else deadline - time.monotonic())
+        except asyncio.TimeoutError:
+            raise HTTPException(408, f"the body was not whole after {REQUEST_WITHIN_S:g} s") from None
+        whole = not message.get("more_body", False)
         count += len(message.get("body", b""))
         if count > LONGEST_BODY_BYTES:
             raise HTTPException(413, _too_large().message)
@@ -169,3 +181,35 @@ def _too_large() -> ScistreamError:
     return BadRequest(
         f"the body is larger than {LONGEST_BODY_BYTES} bytes", which="body", hint="Send a smaller document"
     )
+
+
+class PromptHTTP(H11Protocol):
+    """HTTP as uvicorn speaks it, but who connects and does not ask loses the connection: there are so many only."""
+
+    _hurry: asyncio.TimerHandle | None = None
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        """Begin to wait."""
+        super().connection_made(transport)
+        self._wait()
+
+    def data_received(self, data: bytes) -> None:
+        """Go on waiting while the head of a request is not whole."""
+        super().data_received(data)
+        if self.conn.their_state is not h11.IDLE:
+            self._wait_no_more()
+        elif self._hurry is None:
+            self._wait()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        """Wait no more."""
+        self._wait_no_more()
+        super().connection_lost(exc)
+
+    def _wait(self) -> None:
+        self._hurry = self.loop.call_later(REQUEST_WITHIN_S, self.transport.abort)
+
+    def _wait_no_more(self) -> None:
+        if self._hurry is not None:
+            self._hurry.cancel()
+            self._hurry = None

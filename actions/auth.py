@@ -627,7 +627,7 @@ def _verdict(answer: Any, audience: set[str]) -> _Verdict:
         scope = str(answer["scope"])
         named = answer.get("aud") or []
         for_us = not audience.isdisjoint([named] if isinstance(named, str) else named)
-    except (KeyError, TypeError, ValueError):
+    except (KeyError, OverflowError, TypeError, ValueError):
         raise AuthUnavailable("Globus Auth answered an incomplete identity", which="Globus") from None
     if not for_us:
         return _Verdict(None, "the token is not for this facility", 0)

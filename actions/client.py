@@ -212,7 +212,7 @@ class Provider:
                 allow_redirects=False,
                 stream=True,
             ) as response:
-                return Answer(response, _bounded(response), token)
+                return Answer(response, _bounded(response, answer_timeout_s), token)
         except (requests.RequestException, OSError) as error:
             never_sent = isinstance(
                 error, requests.exceptions.ConnectTimeout
@@ -220,16 +220,16 @@ class Provider:
             raise NoAnswer(_plain(error), may_have_arrived=not never_sent) from None
 
 
-def _bounded(response: requests.Response) -> bytes:
+def _bounded(response: requests.Response, timeout_s: float) -> bytes:
     """The body of an answer, which may be neither endless nor endlessly slow."""
-    deadline = time.monotonic() + ANSWER_TIMEOUT_S
+    deadline = time.monotonic() + timeout_s
     content = bytearray()
     for part in response.iter_content(16_384):
         content += part
         if len(content) > LARGEST_ANSWER_BYTES:
             raise requests.RequestException(f"the answer has more than {LARGEST_ANSWER_BYTES} bytes")
         if time.monotonic() > deadline:
-            raise requests.RequestException(f"the answer is not whole after {ANSWER_TIMEOUT_S:g} s")
+            raise requests.RequestException(f"the answer is not whole after {timeout_s:g} s")
     return bytes(content)
 
 

@@ -63,7 +63,8 @@ def run(command: click.Command, *, name: str, asked: Asked) -> NoReturn:
         sys.stdout.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]
     try:
         code = command.main(prog_name=name, standalone_mode=False, obj=asked)
-        sys.stdout.flush()
+        if sys.stdout is not None:  # closed by the caller: `>&-`
+            sys.stdout.flush()
     except (click.Abort, KeyboardInterrupt):
         code = CANCELLED
     except BrokenPipeError:  # such as `| head`
@@ -78,6 +79,11 @@ def run(command: click.Command, *, name: str, asked: Asked) -> NoReturn:
         if asked.debug:
             traceback.print_exc()
         code = _complain(name, wrong.message, wrong.hint, wrong.exit_code)
+    except OSError as wrong:
+        if asked.debug:
+            traceback.print_exc()
+        place = f"{wrong.filename}: " if wrong.filename else ""
+        code = _complain(name, f"{place}{wrong.strerror or wrong}", "See --debug for what was being done", 1)
     except Exception as wrong:  # noqa: BLE001 - the last one to catch it
         if asked.debug:
             traceback.print_exc()

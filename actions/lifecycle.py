@@ -236,7 +236,9 @@ class Lifecycle:
             log.warning("action %s (%s): %s", record.action_id, operation.name, wrong)
             return Outcome(
                 status="ACTIVE",
-                display_status="the facility's gateway does not answer",
+                display_status="the facility's gateway does not answer"
+                if isinstance(wrong, GatewayUnreachable)
+                else f"waiting: {wrong.message}",
                 details={**record.details, "warning": str(wrong)},
                 memory=call.memory,
             )

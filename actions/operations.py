@@ -218,7 +218,8 @@ class Start(Operation[StartInput]):
 
     def withdraw(self, call: Call[StartInput]) -> None:
         """Release what was opened."""
-        call.service.release(Release(uid=call.input.uid, role=call.input.role), owner=call.caller)
+        mine = Release(uid=call.input.uid, role=call.input.role, owner=call.caller[0])
+        call.service.release(mine, owner=call.caller)
 
 
 class Connect(Operation[ConnectInput]):
@@ -395,11 +396,21 @@ def _progress(status: Status) -> str:
     if _rate(status) > 0:
         said += f", {_amount(_rate(status) / 8)}/s"
         if status.limiting and status.limiting.leg:
-            said += f", {_LEGS.get(status.limiting.leg, status.limiting.leg.replace('_', ' '))} limits"
+            said += f", limited by {_LEGS.get(status.limiting.leg) or status.limiting.leg.replace('_', ' ')}"
     return said
 
 
-_LEGS: Final = {"wan": "WAN", "producer_lan": "producer LAN", "consumer_lan": "consumer LAN"}
+_LEGS: Final = {
+    "wan": "the WAN",
+    "producer_lan": "the producer's LAN",
+    "consumer_lan": "the consumer's LAN",
+    "producer_application": "the producer",
+    "consumer_application": "the consumer",
+    "producer": "the producer's side",
+    "consumer": "the consumer's side",
+    "relay": "the relay",
+    "upstream": "the other side",
+}
 
 
 def _amount(count: float) -> str:

@@ -240,7 +240,7 @@ def _base_url(side: str, text: str) -> str:
         parts, host = urlsplit(""), ""
     address = ip_of(host)
     loopback = host == "localhost" or (address is not None and address.is_loopback)
-    plain = not parts.query and not parts.fragment and parts.username is None and "{" not in text
+    plain = re.fullmatch(r"[A-Za-z0-9:/._~\[\]-]+", text) and "/." not in text
     if not host or not plain or not (parts.scheme == "https" or (parts.scheme == "http" and loopback)):
         raise BadRequest(
             f"{side}: {text!r} is not the base URL of a facility's service",

@@ -22,7 +22,18 @@ import referencing
 from scistream_flows.errors import BadRequest, ScistreamError
 
 from .choices import holds, is_number, timestamp
-from .client import Authorizer, NoAnswer, Provider, action_of, in_words, is_over, new_session, status_of
+from .client import (
+    ANSWER_TIMEOUT_S,
+    TRIES,
+    Authorizer,
+    NoAnswer,
+    Provider,
+    action_of,
+    in_words,
+    is_over,
+    new_session,
+    status_of,
+)
 from .expressions import (
     CONTEXT,
     PRIVATE_PREFIX,
@@ -42,6 +53,8 @@ LONGEST_LABEL: Final = 64
 MOST_PRINCIPALS: Final = 16
 LONGEST_SILENCE_S: Final = 60.0
 """How long an action's provider may be away, seconds; it may just be started anew."""
+LAST_LOOK_S: Final = 2.0
+"""How long an answer about an action is waited for at least, seconds, though its WaitTime is over."""
 CANCEL_PATIENCE_S: Final = 10.0
 """How long a cancelled action is watched until it ends, seconds."""
 
@@ -487,7 +500,7 @@ class _Runner:
                 raise StateError("ActionTimeout", {**action, "state_name": name})
             self._pause(min(pause_s, left_s))
             try:
-                action, silent_since_s = self._status(provider, action), None
+                action, silent_since_s = self._status(provider, action, deadline), None
             except NoAnswer as error:
                 now_s = time.monotonic()
                 if silent_since_s is None:
@@ -501,8 +514,15 @@ class _Runner:
                     raise StateError("ActionFailedException", words) from None
         raise AssertionError  # pauses have no end
 
-    def _status(self, provider: Provider, action: Mapping[str, Json]) -> dict[str, Json]:
-        answer = provider.request("GET", f"/{quote(action['action_id'], safe='')}/status")
+    def _status(self, provider: Provider, action: Mapping[str, Json], deadline: float) -> dict[str, Json]:
+        left_s = deadline - time.monotonic()
+        answer = provider.request(
+            "GET",
+            f"/{quote(action['action_id'], safe='')}/status",
+            # a provider that hangs does not make an action outlast its WaitTime by much
+            tries=TRIES if left_s > LAST_LOOK_S else 1,
+            answer_timeout_s=min(ANSWER_TIMEOUT_S, max(left_s, LAST_LOOK_S)),
+        )
         if answer.status != 200:
             words = f"the action cannot be watched: HTTP {answer.status}: {in_words(answer.document)}"
             raise StateError("ActionFailedException", {**action, "details": {"description": words}})

@@ -186,6 +186,7 @@ def serve(
             "workers": workers,
             "log_config": None,
             "access_log": False,
+            "http": "scistream_flows.actions.answers:PromptHTTP",
             "ws": "none",
             "server_header": False,
             "proxy_headers": False,

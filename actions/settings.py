@@ -104,7 +104,11 @@ def _name_in(file: Path) -> str:
         if isinstance(table, dict) and isinstance(table.get("name"), str):
             return str(table["name"])
     raise ConfigError(
-        f"{file}: facility.name: Field required", which=str(file), file=str(file), key="facility.name"
+        f"{file}: facility.name: Field required",
+        which=str(file),
+        hint="Name the facility there, below [facility], or give the file of one with --config",
+        file=str(file),
+        key="facility.name",
     )
 
 
@@ -113,9 +117,19 @@ def _readable(file: Path) -> Iterator[None]:
     try:
         yield
     except OSError as wrong:
-        raise ConfigError(f"{file}: {wrong.strerror}", which=str(file), file=str(file)) from None
+        raise ConfigError(
+            f"{file}: {wrong.strerror}",
+            which=str(file),
+            hint="Give the configuration of a facility, one that you may read",
+            file=str(file),
+        ) from None
     except ValueError as wrong:
-        raise ConfigError(f"{file} is not TOML: {wrong}", which=str(file), file=str(file)) from None
+        raise ConfigError(
+            f"{file} is not TOML: {wrong}",
+            which=str(file),
+            hint="Correct it at that place, or name another file with --config",
+            file=str(file),
+        ) from None
 
 
 def _the_only_one(otherwise: str | None) -> str:

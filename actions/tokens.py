@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Final, NamedTuple
-from urllib.parse import urlsplit
+from urllib.parse import unquote, urlsplit
 
 from scistream_flows.config import load_facility
 from scistream_flows.errors import BadRequest, ConfigError
@@ -28,7 +29,11 @@ class _Place(NamedTuple):
 
     @classmethod
     def of(cls, url: str) -> _Place:
+        """Raises ValueError for a URL that is none, and for one that programs read in more than one way."""
         parts = urlsplit(url)
+        steps = re.split(r"[/\\]", unquote(parts.path))
+        if re.search(r"[^!-~]|\\", url) or "@" in parts.netloc or "." in steps or ".." in steps:
+            raise ValueError("another program may take it for another place")
         port = parts.port or {"http": 80, "https": 443}.get(parts.scheme, 0)
         return cls(
             parts.scheme,

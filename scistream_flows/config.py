@@ -38,6 +38,7 @@ from scistream_flows.models import (
     Role,
     complaints,
     ip_of,
+    plain_urn,
 )
 
 # by name: the one for Python 3.10 is not there for a type checker that runs on a later one
@@ -96,7 +97,7 @@ def _uuid(value: str) -> str:
 
 
 def _principal(value: str) -> str:
-    kind, _, name = value.rpartition(":")
+    kind, _, name = plain_urn(value).rpartition(":")
     if kind in ("urn:globus:auth:identity", "urn:globus:groups:id"):
         return f"{kind}:{_uuid(name)}"
     if value not in ("public", "all_authenticated_users"):
@@ -113,7 +114,7 @@ def _urn(value: str, *, also: str = "") -> str:
             f"{value!r} is not a URN, such as urn:globus:auth:identity:UUID, urn:globus:groups:id:UUID or"
             f" urn:scistream:unix:UID@HOST{also}"
         )
-    return value
+    return plain_urn(value)
 
 
 def _user(value: str) -> str:
@@ -537,14 +538,26 @@ def config_folders(environment: Mapping[str, str]) -> list[Path]:
 
 def _find_file(name: str, environment: Mapping[str, str]) -> Path | None:
     for folder in config_folders(environment):
-        if (folder / f"{name}.toml").is_file():
+        if _is_file(folder / f"{name}.toml"):
             return folder / f"{name}.toml"
         shared = folder / "facility.toml"
-        if shared.is_file():
+        if _is_file(shared):
             facility = _read_toml(shared).get("facility")
             if isinstance(facility, dict) and facility.get("name") == name:
                 return shared
     return None
+
+
+def _is_file(path: Path) -> bool:
+    try:
+        return path.is_file()
+    except OSError as wrong:
+        raise ConfigError(
+            f"{path}: {wrong.strerror}",
+            which=str(path),
+            file=str(path),
+            hint="Let this user look into that folder, or name another with SCISTREAM_CONFIG_DIR",
+        ) from None
 
 
 def _read_toml(path: Path) -> dict[str, Any]:
@@ -577,7 +590,9 @@ def _override(
                 value: object = tomllib.loads(f"value = {text}")["value"]
             except ValueError:
                 value = text
-            tables.setdefault("policy", {})[key] = value
+            policy = tables.setdefault("policy", {})
+            if isinstance(policy, dict):  # any other is complained of below
+                policy[key] = value
             sources[f"policy.{key}"] = variable
     return sources
 

@@ -590,7 +590,7 @@ def judge_state(about: DirectoryFacts, *, uid: int) -> Iterator[Finding]:
                 "problem", f"is on a network file system ({kind}): locks cannot be trusted there", OTHER_STATE
             )
         )
-    if about.errno in ("EACCES", "ENOTDIR"):
+    if about.errno not in (None, "ENOENT"):
         found.append(
             finding("problem", f"cannot be made ({about.errno})", f"install -d -m 0700 -o {uid} {quoted}")
         )

@@ -245,12 +245,11 @@ def _draining(service: S2CS) -> Iterator[Finding]:
 
 def _directory_here(path: Path) -> DirectoryFacts:
     """The facts about a directory of this machine, seen by this process."""
-    existing = next(one for one in (path, *path.parents) if one.exists())
+    about, wrong = _looked_at(path)
+    existing = next(one for one in (path, *path.parents) if _looked_at(one)[0])
+    if wrong == "ENOENT" and not os.access(existing, os.W_OK):
+        wrong = "EACCES"
     volume = os.statvfs(existing)
-    about = path.stat() if existing == path else None
-    wrong = None
-    if about is None:
-        wrong = "ENOTDIR" if not existing.is_dir() else "ENOENT" if os.access(existing, os.W_OK) else "EACCES"
     return DirectoryFacts(
         path=str(path),
         errno=wrong,
@@ -262,6 +261,13 @@ def _directory_here(path: Path) -> DirectoryFacts:
         read_only=bool(volume.f_flag & os.ST_RDONLY),
         noexec=bool(volume.f_flag & os.ST_NOEXEC),
     )
+
+
+def _looked_at(path: Path) -> tuple[os.stat_result | None, str | None]:
+    try:
+        return path.stat(), None
+    except OSError as wrong:  # Path.exists would raise where a folder above may not be looked into
+        return None, errno.errorcode.get(wrong.errno or 0, "EIO")
 
 
 def _refusal(check: str, wrong: ScistreamError, gateway: str | None) -> Finding:

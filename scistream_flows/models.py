@@ -78,13 +78,16 @@ def join_address(host: str, port: int) -> str:
 
 
 def ip_of(host: str) -> IPAddress | None:
-    """The address that `host` spells, with an IPv4 address mapped into IPv6 unwrapped; None for a name."""
+    """The address that `host` spells, with an IPv4 address mapped into IPv6 unwrapped; None for a name.
+
+    One with a zone (`%eth0`) is none: it means something on one machine only, and is equal to no address without.
+    """
     try:
         address = ipaddress.ip_address(host)
     except ValueError:
         return None
-    if isinstance(address, ipaddress.IPv6Address) and address.ipv4_mapped is not None:
-        return address.ipv4_mapped
+    if isinstance(address, ipaddress.IPv6Address):
+        return None if address.scope_id else address.ipv4_mapped or address
     return address
 
 
@@ -106,9 +109,17 @@ def _socket_address(text: str) -> str:
 
 def _network(text: str) -> str:
     try:
-        return str(ipaddress.ip_network(text, strict=False))
+        network = ipaddress.ip_network(text, strict=False)
     except ValueError:
-        raise ValueError(f"{text!r} is not an IP address or a network such as 192.0.2.0/24") from None
+        network = None
+    if network is None or "%" in text:
+        raise ValueError(f"{text!r} is not an IP address or a network such as 192.0.2.0/24")
+    return str(network)
+
+
+def plain_urn(urn: str) -> str:
+    """A URN of Globus as Globus writes it: its UUIDs are lower-case, however a person spelt them."""
+    return urn.lower() if urn.lower().startswith("urn:globus:") else urn
 
 
 def _in_order(values: list[str]) -> list[str]:
@@ -116,7 +127,7 @@ def _in_order(values: list[str]) -> list[str]:
 
 
 Uid: TypeAlias = Annotated[str, StringConstraints(pattern=UID_PATTERN)]
-Urn: TypeAlias = Annotated[str, StringConstraints(pattern=URN_PATTERN)]
+Urn: TypeAlias = Annotated[str, StringConstraints(pattern=URN_PATTERN), AfterValidator(plain_urn)]
 RelayId: TypeAlias = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{32}$")]
 PublicKey: TypeAlias = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9_-]{43}$")]
 Target: TypeAlias = Annotated[str, AfterValidator(_target)]

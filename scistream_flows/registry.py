@@ -17,7 +17,7 @@ import struct
 import threading
 import time
 import weakref
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timezone
 from pathlib import Path
@@ -38,7 +38,10 @@ NETWORK_FILE_SYSTEMS = frozenset(
     }
 )
 
-_SCHEMA_VERSION = 2
+OUTLIVED_S = 300
+"""So long after the lifetime of a stream none of its relays can run, whatever clocks and slow starts add, seconds."""
+
+_SCHEMA_VERSION = 3
 _SCHEMA = """
 CREATE TABLE streams (
     id INTEGER PRIMARY KEY,
@@ -72,6 +75,7 @@ UPDATE relays SET connections = listeners * coalesce(
     (SELECT json_extract(request, '$.max_connections') FROM streams WHERE id = stream), 0);
 CREATE TABLE draining (gateway TEXT PRIMARY KEY);
 """,
+    2: "ALTER TABLE streams ADD COLUMN claimed_at REAL",
 }
 
 Phase = Literal["opening", "open", "ended"]
@@ -106,7 +110,18 @@ class RelayRow:
 
 @dataclass(frozen=True, kw_only=True)
 class StreamRow:
-    """One side of a stream. `offer` is None while `opening`; `ended` has the end of each relay once `ended`."""
+    """One side of a stream.
+
+    Attributes:
+        id: Its number here.
+        key: What names it.
+        phase: How far it is.
+        request: What was asked for.
+        offer: None while `opening`.
+        relays: Those that were or will be started.
+        ended: The end of each relay, once `ended`.
+        claimed_at: When the intent was written, seconds since 1970; None when an older version wrote it.
+    """
 
     id: int
     key: Key
@@ -115,6 +130,15 @@ class StreamRow:
     offer: Offer | None
     relays: tuple[RelayRow, ...]
     ended: tuple[RelayStatus, ...]
+    claimed_at: float | None = None
+
+    @property
+    def outlived(self) -> bool:
+        """Whether its relays have ended by themselves, even where nobody can ask them: its lifetime is over."""
+        return (
+            self.claimed_at is not None
+            and time.time() > self.claimed_at + self.request.lifetime_s + OUTLIVED_S
+        )
 
 
 Placement: TypeAlias = Callable[[Usage], Sequence[RelayRow]]
@@ -230,18 +254,28 @@ class Registry:
                 row["relay_id"]: (Key(row["owner"], row["uid"], row["role"]), row["phase"]) for row in rows
             }
 
-    def claim(self, key: Key, request: Request, place: Placement) -> StreamRow:
+    def claim(
+        self, key: Key, request: Request, place: Placement, *, identities: Sequence[str] = ()
+    ) -> StreamRow:
         """Write the intent to open a stream, in place of an ended one of the same name.
 
         `place` is called with the usage at that moment, inside the transaction: what it admits cannot be given away
         twice. The caller holds the stream's lock.
+
+        Args:
+            key: The stream.
+            request: What is asked for.
+            place: Where to.
+            identities: All URNs of the owner; what any of them has open counts as his.
         """
         with self._transaction() as db:
-            relays = place(_usage(db, key.owner))
+            relays = place(_usage(db, {key.owner, *identities}))
             db.execute("DELETE FROM streams WHERE owner = ? AND uid = ? AND role = ?", key)
             cursor = db.execute(
-                "INSERT INTO streams (owner, uid, role, phase, request) VALUES (?, ?, ?, 'opening', ?)",
-                (*key, request.model_dump_json()),
+                "INSERT INTO streams (owner, uid, role, phase, request, claimed_at)"
+                " VALUES (?, ?, ?, 'opening', ?, ?)",
+                # as many gateways as relays: unsaid, so that a process of the version before can read it
+                (*key, request.model_dump_json(exclude={"gateways"}), time.time()),
             )
             db.executemany(
                 "INSERT INTO relays"
@@ -291,7 +325,7 @@ class Registry:
     def usage(self, owner: str) -> Usage:
         """What is in use now, and by `owner`."""
         with self._transaction() as db:
-            return _usage(db, owner)
+            return _usage(db, {owner})
 
     # --- gateways
 
@@ -426,7 +460,7 @@ def _stream(db: sqlite3.Connection, row: sqlite3.Row) -> StreamRow:
         id=row["id"],
         key=Key(row["owner"], row["uid"], row["role"]),
         phase=row["phase"],
-        request=Request.model_validate_json(row["request"]),
+        request=Request.model_validate_json(row["request"]).model_copy(update={"gateways": len(relays) or 1}),
         offer=None if row["offer"] is None else Offer.model_validate_json(row["offer"]),
         relays=tuple(
             RelayRow(
@@ -439,6 +473,7 @@ def _stream(db: sqlite3.Connection, row: sqlite3.Row) -> StreamRow:
             for one in relays
         ),
         ended=tuple(RelayStatus.model_validate(one) for one in json.loads(row["ended"] or "[]")),
+        claimed_at=row["claimed_at"],
     )
 
 
@@ -448,14 +483,16 @@ def _indices(relay: sqlite3.Row) -> tuple[int, ...]:
     return tuple(range(relay["listeners"]) if text is None else json.loads(text))
 
 
-def _usage(db: sqlite3.Connection, owner: str) -> Usage:
+def _usage(db: sqlite3.Connection, owners: Collection[str]) -> Usage:
+    named = json.dumps([*owners])
     streams = db.execute(
-        "SELECT count(*) FROM streams WHERE owner = ? AND phase != 'ended'", (owner,)
+        "SELECT count(*) FROM streams WHERE owner IN (SELECT value FROM json_each(?)) AND phase != 'ended'",
+        (named,),
     ).fetchone()[0]
     reserved = db.execute(
         "SELECT total(reserved_mbits_per_s) FROM relays JOIN streams ON streams.id = relays.stream"
-        " WHERE owner = ? AND phase != 'ended'",
-        (owner,),
+        " WHERE owner IN (SELECT value FROM json_each(?)) AND phase != 'ended'",
+        (named,),
     ).fetchone()[0]
     rows = db.execute(
         "SELECT gateway, count(*) AS streams, sum(listeners) AS listeners, sum(connections) AS connections,"

@@ -76,6 +76,8 @@ LOCK_TIMEOUT_S: Final = 30.0
 SWEEP_INTERVAL_S: Final = 1.0
 GATEWAY_RETRY_S: Final = 30.0  # so long a gateway that did not answer is not asked, unless it is needed
 
+AT_ONCE: Final = 16  # relays that are asked at the same time: one for each gateway of a stream
+
 GROUP_URN: Final = "urn:globus:groups:id:"
 
 VERBS: Final = ("request", "hello", "update", "status", "renew", "release", "list")
@@ -475,7 +477,7 @@ class S2CS:
         if request.consumers:
             policy.admit_consumers(request.consumers, facility)
         usable = tuple(one for one in self.config.gateways if one.name in onwards)
-        skipped = {name: wrong for name, (at, wrong) in self._silent.items() if at >= began}
+        skipped = {name: wrong for name, (at, wrong) in self._silent.copy().items() if at >= began}
         for name, wrong in skipped.items():
             self._skip(key, name, wrong)
         while True:
@@ -484,7 +486,7 @@ class S2CS:
                 raise self._too_few(request, len(gateways), skipped)
             try:
                 return self._open_on(
-                    facility.model_copy(update={"gateways": gateways}), key, request, onwards
+                    facility.model_copy(update={"gateways": gateways}), key, request, onwards, caller
                 )
             except (GatewayUnreachable, PortsExhausted) as wrong:
                 # what the placement refuses is final; a gateway that refuses may have a port taken by others
@@ -560,6 +562,7 @@ class S2CS:
         key: Key,
         request: Request,
         onwards: Mapping[str, Mapping[str, Any]],
+        caller: Sequence[str],
     ) -> Offer:
         def place(usage: Usage) -> Sequence[RelayRow]:
             return [
@@ -574,7 +577,7 @@ class S2CS:
             ]
 
         _step("opening", key)
-        stream = self._registry.claim(key, request, place)
+        stream = self._registry.claim(key, request, place, identities=caller)
         try:
             _step("claimed", key)
             reports = _each(lambda row: self._start(row, stream, onwards[row.gateway]), stream.relays)
@@ -822,11 +825,10 @@ class S2CS:
     def _listing(self, wanted: Callable[[StreamRow], bool], *, include_ended: bool) -> Listing:
         self._sweep()
         streams = self._registry.streams("opening", "open", *(("ended",) if include_ended else ()))
-        reports = [self._surveyed(stream) for stream in streams if wanted(stream)]
-        return Listing(
-            facility=self.config.name,
-            streams=[report for report in reports if include_ended or not report.ended],
-        )
+        reports = _each(self._surveyed, [stream for stream in streams if wanted(stream)])
+        # a stream whose release did not reach a gateway is there still, as long as a relay may run
+        living = [one for one in reports if not one.ended or any(map(side.is_unheard, one.relays))]
+        return Listing(facility=self.config.name, streams=reports if include_ended else living)
 
     def _surveyed(self, stream: StreamRow) -> Status:
         """The status of a stream; of one that cannot be asked, what is known."""
@@ -871,9 +873,8 @@ class S2CS:
                         self._clear_away(name, relay_id, alive=alive)
             for stream in self._registry.streams("opening", "open"):
                 lists = [(running.get(row.gateway), row.relay_id) for row in stream.relays]
-                if stream.phase == "opening" or any(
-                    ids is not None and not ids.get(one) for ids, one in lists
-                ):
+                gone = any(ids is not None and not ids.get(one) for ids, one in lists)
+                if stream.phase == "opening" or stream.outlived or gone:
                     self._settle_if_free(stream)
         finally:
             self._sweeping.release()
@@ -945,9 +946,13 @@ class S2CS:
                 if now is None:
                     raise not_found(stream.key.uid, stream.key.role)
                 stream = self._settled(now) if held else now
+            if stream.phase != "ended":  # another one holds it: opens it, or is just closing it
+                reports = self._asked(stream)
+                now = self._registry.find(stream.key)
+                stream = now if now is not None and now.id == stream.id else stream
         if stream.phase == "ended":
             return side.status(stream, stream.ended)
-        return side.status(stream, self._named(stream, self._asked(stream)))
+        return side.status(stream, self._named(stream, side.finished_together(reports, reports)))
 
     def _ask(
         self, stream: StreamRow, row: RelayRow, ask: Callable[[RelayRow], RelayStatus] | None = None
@@ -968,6 +973,10 @@ class S2CS:
             return _again_if_cut_off(lambda: self._relays(row.gateway).status(row.relay_id))
         except (RelayLost, NotFound) as gone:
             return side.lost(stream, row, gone)
+        except GatewayUnreachable as silent:
+            if not stream.outlived:
+                raise
+            return side.lost(stream, row, silent)
 
     def _stop(self, stream: StreamRow, row: RelayRow, reason: Literal["released", "admin"]) -> RelayStatus:
         try:
@@ -983,7 +992,7 @@ class S2CS:
 
     def _end(self, stream: StreamRow, reason: Literal["released", "admin"], *, caller: str) -> Status:
         """Stop a stream's relays and close it, unless it is closed; answers the end. The caller holds its lock."""
-        with contextlib.suppress(GatewayUnreachable):  # what can be reached of it is stopped all the same
+        with contextlib.suppress(RelayError, ProtocolMismatch):  # what can be reached is stopped all the same
             stream = self._settled(stream)
         if stream.phase != "ended":
             ends = _each(lambda row: self._stop(stream, row, reason), stream.relays)
@@ -1014,7 +1023,7 @@ class S2CS:
             self._relays(row.gateway).forget(row.relay_id)
 
     def _named(self, stream: StreamRow, reports: Sequence[RelayStatus]) -> Sequence[RelayStatus]:
-        pairs = zip(stream.relays, reports, strict=True)
+        pairs = zip(stream.relays, reports, strict=bool(reports))  # none at all while it is being opened
         return [report.model_copy(update={"gateway": row.gateway}) for row, report in pairs]
 
     def _gateway(self, name: str) -> Gateway:
@@ -1076,10 +1085,10 @@ def _again_if_cut_off(ask: Callable[[], T]) -> T:
 
 
 def _each(ask: Callable[[A], T], things: Sequence[A]) -> list[T]:
-    """What `ask` answers for each, asked at the same time. All have been asked to the end when one raises."""
+    """What `ask` answers for each, asked AT_ONCE at a time. All have been asked to the end when one raises."""
     if len(things) < 2:
         return [ask(one) for one in things]
-    with ThreadPoolExecutor(len(things), thread_name_prefix="gateway") as pool:
+    with ThreadPoolExecutor(min(len(things), AT_ONCE), thread_name_prefix="gateway") as pool:
         futures = [pool.submit(ask, one) for one in things]
     return [future.result() for future in futures]
 

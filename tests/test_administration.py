@@ -322,6 +322,16 @@ def test_audit_shows_who_did_what(facility: Facility, s2cs: Run) -> None:
     assert s2cs("audit", "--facility", "aps", "--since", "yesterday").returncode == 2
 
 
+def test_what_the_audit_log_has_cannot_steer_the_terminal(facility: Facility) -> None:
+    service = facility()
+    evil = ["\x1b]0;title\x07", "\x9b31m", "two\nlines", "\u202etxt.exe", "\x7f"]
+    line = dict(zip(["owner", "uid", "message", "which", "event"], evil, strict=True)) | {"at": "\x1b[2J"}
+    with (service.config.state_dir / "audit.jsonl").open("a") as log:
+        log.write(json.dumps(line) + "\n")
+    (shown,) = on_a_terminal("audit", "--facility", "aps")[1].splitlines()
+    assert shown.isprintable()
+
+
 def test_audit_follows_each_line_once_until_ctrl_c(facility: Facility, begin: Begin) -> None:
     service = facility()
     service.request(prod("a"), owner=ALICE)
@@ -527,6 +537,13 @@ def test_wrong_usage_exits_with_2_and_names_the_help(s2cs: Run, arguments: tuple
     assert re.fullmatch(r"s2cs: .+\n  See s2cs( list)? --help\n", done.stderr)
 
 
+@pytest.mark.parametrize("time", ["nan", "inf", "-1"])
+def test_a_time_to_wait_is_a_time(s2cs: Run, time: str) -> None:
+    done = s2cs("gateway", "drain", "gw1", "--wait", "--timeout-s", time)
+    assert done.returncode == 2
+    assert "is not a duration" in done.stderr
+
+
 def test_every_subcommand_explains_itself(s2cs: Run) -> None:
     shown = s2cs("--help").stdout
     for name in ("init", "doctor", "list", "audit", "release", "gateway"):
@@ -568,6 +585,25 @@ def test_a_reader_that_goes_away_is_no_defect(facility: Facility, begin: Begin) 
     assert process.stderr
     assert process.stderr.read() == ""
     assert process.wait(20) == 1
+
+
+def test_a_stdout_that_takes_nothing_is_said_and_is_no_defect(facility: Facility) -> None:
+    facility().request(prod(), owner=ALICE)
+    with Path("/dev/full").open("w") as full:
+        done = subprocess.run(
+            [*COMMAND, "list", "--facility", "aps"],
+            stdout=full,
+            stderr=subprocess.PIPE,
+            text=True,
+            timeout=60,
+        )
+    assert done.returncode == 1
+    assert "No space left on device" in done.stderr
+    assert "defect" not in done.stderr
+    closed = ["sh", "-c", '"$@" >&-', "sh", *COMMAND, "list", "--facility", "aps"]
+    done = subprocess.run(closed, stderr=subprocess.PIPE, text=True, timeout=60)
+    assert (done.returncode, done.stderr) == (0, "")
+    facility().evict()
 
 
 def test_sizes_and_times_are_written_for_people() -> None:

@@ -441,6 +441,7 @@ def test_a_wrong_client_secret_is_the_facility_s_fault(world: World) -> None:
         {"active": True},
         {"active": True, "sub": "root", "exp": 9e9, "scope": "s", "aud": ["me"]},
         {"active": True, "sub": CREW, "exp": "never", "scope": "s", "aud": ["me"]},
+        {"active": True, "sub": CREW, "exp": 10**400, "scope": "s", "aud": ["me"]},
         {"active": True, "sub": CREW, "exp": 9e9, "scope": "s", "aud": 5},
         {"active": True, "sub": CREW, "exp": 9e9, "aud": ["me"]},
         {"active": True, "sub": CREW, "exp": 9e9, "scope": "s", "aud": ["me"], "identity_set": ["x"]},

@@ -154,6 +154,33 @@ def test_a_stream_is_set_up_through_an_endpoint(
     assert min(end.prod.bytes.to_consumer, end.cons.bytes.to_consumer) >= len(application.payload)
 
 
+def test_an_administrator_writes_an_endpoint_with_one_command(world: World, tmp_path: Path) -> None:
+    def s2cs(*arguments: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            [Path(sys.executable).with_name("s2cs"), *arguments],
+            env={
+                **os.environ,
+                "SCISTREAM_CONFIG_DIR": str(tmp_path / "configuration"),
+                "GLOBUS_COMPUTE_USER_DIR": str(tmp_path / "endpoints"),
+            },
+            capture_output=True,
+            text=True,
+            timeout=60,
+        )
+
+    registered = len(world.cloud.functions)
+    refused = s2cs("init", "aps", "--compute", "dtn")
+    assert refused.returncode == 2
+    assert "Write and edit it first: s2cs init aps" in refused.stderr
+    assert s2cs("init", "aps").returncode == 0
+    done = s2cs("init", "aps", "--compute", "dtn", "--email", "admin@example.org")
+    assert done.returncode == 0, done.stderr
+    assert f"{tmp_path}/endpoints/dtn/config.yaml" in done.stdout.splitlines()
+    assert "globus-compute-endpoint start dtn" in done.stderr
+    assert len(world.cloud.functions) == registered  # published once, whatever endpoints there are
+    assert "endpoint dtn allows the functions of facility aps and no other" in s2cs("doctor").stdout
+
+
 def test_an_error_arrives_as_what_it_is(aps: ComputeFacility) -> None:
     with pytest.raises(NotFound) as missing:
         aps.status(StatusQuery(uid="nobody", role="PROD"))

@@ -237,3 +237,23 @@ def test_the_first_quota_that_names_a_caller_replaces_the_limits_it_has(load: Lo
     assert (hers.max_num_conn, hers.modes, hers.longest_lease_s) == (128, ["none"], 60)
     assert (his.max_num_conn, his.modes, his.longest_lease_s) == (9, ["tls", "auth"], 10)
     assert others is policy
+
+
+def test_a_uuid_may_be_written_in_capitals(load: Load) -> None:
+    capitals = ALICE.replace("46bd0f56", "46BD0F56")
+    text = f'{SMALLEST}[policy]\nusers = ["{capitals}"]\nadministrators = ["{capitals}", "urn:x:Bob"]\n'
+    facility = load(text + f'[[policy.quota]]\nusers = ["{capitals}"]\nmax_num_conn = 7\n')
+    assert (facility.policy.users, facility.policy.administrators) == ([ALICE], [ALICE, "urn:x:Bob"])
+    assert facility.policy.of([ALICE]).max_num_conn == 7
+
+
+def test_an_address_with_a_zone_is_none(load: Load) -> None:
+    with pytest.raises(ConfigError, match=r"wan_bind: 'fe80::1%eth0' is not a numeric IP address"):
+        load(SMALLEST.replace("192.0.2.10", "fe80::1%eth0"))
+
+
+def test_what_cannot_be_laid_over_a_file_or_looked_for_is_a_mistake_and_no_crash(load: Load) -> None:
+    with pytest.raises(ConfigError, match="policy: Input should be a valid dictionary"):
+        load(f"policy = 3\n{SMALLEST}", SCISTREAM_POLICY_MAX_NUM_CONN="3")
+    with pytest.raises(ConfigError, match="SCISTREAM_CONFIG_DIR"):
+        load(None, SCISTREAM_CONFIG_DIR="/" + 300 * "a")

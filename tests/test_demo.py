@@ -7,12 +7,17 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
 import zmq
+
+from scistream_flows.config import load_facility
+from scistream_flows.models import Role
+from scistream_flows.s2cs import S2CS
 
 ROOT = Path(__file__).resolve().parent.parent
 DEMO = ROOT / "examples/demo"
@@ -136,6 +141,49 @@ def test_a_demo_interrupted_in_mid_stream_leaves_nothing(
     assert alive == []
     assert run.left() == []
     assert not (tmp_path / "out").exists()
+
+
+def test_a_flow_cancelled_after_its_first_step_leaves_no_relay(
+    state_base: Path,  # noqa: ARG001 - where the state goes
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.syspath_prepend(str(DEMO))
+    from by_flow import FlowStream, flow_stream
+    from service import service
+
+    see = FlowStream.see
+
+    def see_and_cancel(self: FlowStream, event: Mapping[str, Any]) -> None:
+        see(self, event)
+        if event["code"] == "ActionCompleted":
+            self.cancelled.set()
+
+    monkeypatch.setattr(FlowStream, "see", see_and_cancel)
+    with service("aps") as prod, service("alcf") as cons:
+        services: dict[Role, tuple[str, str]] = {"PROD": ("aps", prod), "CONS": ("alcf", cons)}
+        with flow_stream(services, targets=["127.0.0.1:9"], mode="tls", linger_s=1) as stream:
+            assert stream.outcome.result(60).status == "ENDED"
+            assert list(stream.steps) == ["StartProducerRelay"]
+        with S2CS(load_facility("aps")) as facility:
+            assert facility.survey().streams == []
+
+
+@pytest.mark.parametrize("options", [["--seconds", "0"], ["--bytes", "nan"], ["--bytes", "-1"]])
+def test_a_demo_of_nothing_is_wrong_usage(tmp_path: Path, runs: list[Run], options: list[str]) -> None:
+    run = Run(tmp_path / "tmp", tmp_path / "out", *options)
+    runs.append(run)
+    assert "invalid positive value" in run.output()
+    assert run.process.returncode == 2
+
+
+def test_a_result_that_cannot_be_written_is_said(tmp_path: Path, runs: list[Run]) -> None:
+    (tmp_path / "out").write_text("a file, no folder")
+    run = Run(tmp_path / "tmp", tmp_path / "out", "--seconds", "0.1", "--bytes", "1e6", "--setup", "python")
+    runs.append(run)
+    said = run.output()
+    assert "cannot be written" in said
+    assert "Traceback" not in said
+    assert run.process.returncode == 1
 
 
 def test_two_demos_at_once_disturb_neither(tmp_path: Path, runs: list[Run]) -> None:

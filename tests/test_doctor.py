@@ -566,6 +566,14 @@ def test_a_state_directory_below_a_file_is_a_problem(site: Environment) -> None:
     assert "ENOTDIR" in one.message
 
 
+def test_a_state_directory_that_nobody_may_look_for_is_a_problem_and_no_crash(site: Environment) -> None:
+    site.state_dir = (
+        site.state_dir.parent / ("a" * 300) / "site"
+    )  # as below a folder that is closed: it cannot be looked at
+    (one,) = found(site.examine(), "state")
+    assert "cannot be made (ENAMETOOLONG)" in one.message
+
+
 @ROOT_ONLY
 def test_a_full_disk_is_found_where_state_and_relays_lie(site: Environment) -> None:
     """The fix names another place; here it is the same place with room."""

@@ -380,6 +380,9 @@ def token_file(tmp_path: Path) -> Path:
         ("https://aps.example.org.evil.example.com/actions/start", None),
         ("https://aps.example.org:8443/actions/start", None),
         ("https://aps.example.org@evil.example.com/actions/start", None),
+        ("https://evil.example.com\\@aps.example.org/actions/start", None),
+        ("https://user@aps.example.org/actions/start", None),
+        (" https://aps.example.org/actions/start", None),
         ("http://aps.example.org/actions/start", None),
         ("https://alcf.example.org/actions/start", None),
     ],
@@ -399,6 +402,8 @@ def test_a_pin_with_a_path_reaches_only_below_it_and_the_longest_counts(
     tokens = Tokens([f"https://example.org={token_file}", f"https://example.org/scistream={other}"])
     assert tokens("https://example.org/scistream/actions/start") == "other-token"
     assert tokens("https://example.org/scistreams/actions/start") == "one-token"
+    for path in ("..", "%2e%2e", ".%2E", "x%2f..%2f..", "..%5c"):  # the request would go elsewhere
+        assert tokens(f"https://example.org/scistream/{path}/actions/start") is None
 
 
 def test_a_token_that_others_may_read_is_refused_before_anything_is_sent(token_file: Path) -> None:

@@ -557,7 +557,7 @@ def test_without_globus_auth_no_step_is_done_and_nothing_dangles(
 @contextlib.contextmanager
 def example(folder: Path) -> Iterator[subprocess.Popen[str]]:
     process = subprocess.Popen(
-        [sys.executable, EXAMPLE / "run.py"],
+        [sys.executable, EXAMPLE / "flow.py"],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,

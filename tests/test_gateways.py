@@ -11,6 +11,7 @@ import socket
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -25,10 +26,13 @@ from scistream_flows.errors import (
     NotFound,
     PolicyDenied,
     PortsExhausted,
+    RelayError,
     ScistreamError,
 )
 from scistream_flows.facility import connect_facility
+from scistream_flows.gateway import LocalGateway
 from scistream_flows.models import Listing, ListQuery, Offer, split_address
+from scistream_flows.registry import OUTLIVED_S
 from scistream_flows.s2cs import S2CS
 
 Facility = Callable[..., S2CS]
@@ -502,6 +506,65 @@ def test_a_release_stops_what_can_be_reached_of_a_spread_stream(
     assert end is not None
     assert (end.state, end.reason) == ("ENDED", "released")
     assert relays_below(state_base) == []
+
+
+def test_a_stream_that_was_released_in_part_is_still_listed(
+    site: Site, facility: Facility, nowhere: dict[str, Any]
+) -> None:
+    site("aps", {}, {})
+    facility().request(prod(num_conn=2, gateways=2))
+    site("aps", {}, nowhere)
+    service = facility()
+    with pytest.raises(GatewayUnreachable):
+        service.release(of())
+    (listed,) = service.survey().streams
+    assert [one.reason for one in listed.relays if one.gateway == "gw1"] == ["released"]
+    assert "gateway gw2" in str(listed.message)
+    site("aps", {}, {})
+    facility().evict()
+
+
+def test_a_binary_that_cannot_be_used_on_one_gateway_does_not_keep_the_other_relay_running(
+    site: Site, facility: Facility, state_base: Path, relays_below: Relays, tmp_path: Path
+) -> None:
+    site("aps", {}, {})
+    service = facility()
+    service.request(prod(num_conn=2, gateways=2))
+    here = service.config.state_dir / "relays"
+    whole = {one.name: LocalGateway(one, runtime_dir=here) for one in service.config.gateways}
+    spoiled = LocalGateway(whole["gw2"].config, runtime_dir=tmp_path / "no" / "such")
+    (tmp_path / "no").write_text("")  # where its relays should be is a file: not unreachable, but of no use
+    half = S2CS(service.config, gateways={**whole, "gw2": spoiled})
+    with pytest.raises(RelayError):
+        half.release(of())
+    assert len(relays_below(state_base)) == 1
+    half.close()
+    assert service.release(of()).end is not None
+    assert relays_below(state_base) == []
+
+
+def test_a_gateway_that_is_gone_for_good_holds_a_stream_no_longer_than_its_lifetime(
+    site: Site, facility: Facility, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    site("aps", {"capacity_mbits_per_s": 100}, {"capacity_mbits_per_s": 100})
+    offer = facility().request(prod(num_conn=2, gateways=2, rate_mbits_per_s=100, lifetime_s=600))
+    site(
+        "aps", {"name": "gw2", "wan_bind": "127.0.0.2", "lan_bind": "127.0.0.2", "capacity_mbits_per_s": 100}
+    )
+    service = facility()
+    with pytest.raises(GatewayUnreachable, match=r"no gateway 'gw1' any more"):
+        service.release(of())
+    (report,) = service.gateways()
+    assert report.reserved_mbits_per_s == 50
+    later = time.time() + 600 + OUTLIVED_S + 1
+    monkeypatch.setattr(time, "time", lambda: later)
+    (report,) = service.gateways()
+    assert (report.streams, report.reserved_mbits_per_s) == (0, 0)
+    assert service.status(of()).reason == "relay_lost"
+    assert service.request(prod()).relays != offer.relays
+    service.release(of())
+    site("aps", {}, {})
+    facility().list({"protocol": 1})  # gw1 is back, and what runs there belongs to nobody
 
 
 # --- draining

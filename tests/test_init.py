@@ -259,6 +259,8 @@ def test_a_second_facility_gets_a_file_of_its_own_name(s2cs: Run, tmp_path: Path
         ("x" * 65,),
         ("aps", "--gateway", "a b"),
         ("aps", "--gateway", "a=b@c"),
+        ("aps", "--gateway", "a=b\x1b[31m"),
+        ("aps", "--gateway", "a=\x7f"),
         ("aps", "--gateway", 'a="'),
         ("aps", "--gateway", "a", "--gateway", "a=b"),
     ],

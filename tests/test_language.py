@@ -18,6 +18,7 @@ from scistream_flows.actions.expressions import (
     StateError,
     evaluate,
     fill,
+    not_too_deep,
     read_path,
     reference_path,
     shown,
@@ -360,7 +361,20 @@ def test_the_whole_state_does_not_include_the_context() -> None:
 
 
 @pytest.mark.parametrize(
-    "path", ["$.b", "$.a.b[3]", "$.none.x", "$.a.b.x", "$.a[0]", "a.b", "$.a[", "", "$.a | $.b"]
+    "path",
+    [
+        "$.b",
+        "$.a.b[3]",
+        "$.none.x",
+        "$.a.b.x",
+        "$.a[0]",
+        "a.b",
+        "$.a[",
+        "",
+        "$.a | $.b",
+        "$.a[?isinstance(@, 'x')]",  # of the library alone, and not without faults
+        "$.a[?typeof(@) == 'x']",
+    ],
 )
 def test_a_path_to_nothing_is_an_error_that_names_it(path: str) -> None:
     error = error_of("read_path", path, STATE)
@@ -602,6 +616,7 @@ def test_an_expression_cannot_leave_its_language(expression: str) -> None:
         "f'{foo:{10 ** 9}}'",
         "'%999999999d' % 1",
         "'%*d' % (999999999, 1)",
+        "len(('%(a)s' * 20000) % {'a': 'x' * 90000})",
         "foo.ljust(10 ** 9)",
         "foo.zfill(10 ** 9)",
         "[a for a in 'x' * 90000]",
@@ -637,6 +652,30 @@ def test_whatever_is_written_an_expression_has_a_json_value_or_an_error(
     with contextlib.suppress(StateError):
         json.dumps(evaluate(between.join(tokens), VALUES), allow_nan=False)
     assert json.dumps(VALUES) == before
+
+
+@pytest.mark.parametrize(
+    "path", ["$.a[?match(@, '(a+)+b')]", "$.a[?search(@, '(a+)+b')]", "$.a[?@ =~ /(a+)+b/]", "$.a[?@ =~ /(/]"]
+)
+def test_a_path_has_no_regular_expression_which_could_take_for_ever(path: str) -> None:
+    assert error_of("read_path", path, {"a": ["a" * 40]}).name == "States.ParameterPathFailure"
+
+
+def test_a_path_finds_no_more_than_a_state_can_hold() -> None:
+    state: Any = 0
+    for _ in range(100):
+        state = {"x": [1, 2], "below": state}
+    error = error_of("read_path", "$..*..*..*..*", state)
+    assert "finds more than 100000 values" in str(error.cause)
+    assert len(read_path("$..x", state)) == 100
+
+
+def test_a_path_descends_into_the_deepest_state_there_may_be() -> None:
+    state: Any = {"x": 1}
+    for _ in range(198):
+        state = {"below": state}
+    assert not_too_deep(state)
+    assert read_path("$..x", state) == [1]
 
 
 # Choice rules

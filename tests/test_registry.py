@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
@@ -195,6 +196,30 @@ def test_a_registry_of_the_first_layout_is_read_and_goes_on(tmp_path: Path) -> N
     assert found.relays[1].indices == (0, 1)
     registry.close()
     Registry(state).close()  # and it is migrated once only
+
+
+def test_a_stream_is_written_as_the_version_before_can_read_it(registry: Registry) -> None:
+    wide = Request(uid="s", role="PROD", num_conn=2, gateways=2)
+    registry.claim(KEY, wide, lambda _: [row(), row("2" * 32, gateway="gw2", indices=(1,))])
+    with contextlib.closing(sqlite3.connect(registry.state_dir / "registry.sqlite")) as db:
+        (text,) = db.execute("SELECT request FROM streams").fetchone()
+    assert "gateways" not in json.loads(text)  # which that version does not know, and would refuse
+    found = registry.find(KEY)
+    assert found is not None
+    assert found.request == wide
+
+
+def test_all_identities_of_an_owner_count_for_what_he_has(registry: Registry) -> None:
+    seen: list[int] = []
+
+    def place(usage: Usage) -> list[RelayRow]:
+        seen.append(usage.streams_of_owner)
+        return [row(f"{len(seen)}" * 32)]
+
+    registry.claim(KEY, request(), place)
+    registry.claim(OTHER, request(), place)
+    registry.claim(Key("urn:c", "s", "PROD"), request(), place, identities=("urn:c", "urn:b", "urn:a"))
+    assert seen == [0, 0, 2]
 
 
 def test_a_placement_that_refuses_leaves_the_ended_stream_as_it_was(registry: Registry) -> None:

@@ -337,6 +337,23 @@ def test_a_token_that_a_provider_sends_back_is_not_logged(provider: ActionServer
     assert run.cause["description"] == "Bearer *** may not"
 
 
+@pytest.mark.parametrize(
+    "reply",
+    [
+        Reply(403, text='{"description": "' + TOKEN.replace("t", "\\u0074") + '"}'),
+        Reply(403, {TOKEN: [TOKEN]}),
+        Reply(403, text=f"no JSON, {TOKEN}"),
+        Reply(302, headers={"Location": f"https://elsewhere.example/?token={TOKEN}"}),
+    ],
+)
+def test_a_token_is_not_logged_however_it_is_sent_back(provider: ActionServer, reply: Reply) -> None:
+    provider.next.append(reply)
+    run = go(flow(Start=action(provider)), authorizer=lambda _: TOKEN)
+    assert run.error == "ActionUnableToRun"
+    assert TOKEN not in json.dumps([run.log, run.output, run.cause])
+    assert "***" in json.dumps(run.cause)
+
+
 def test_no_token_is_an_error_of_the_state(provider: ActionServer) -> None:
     def authorizer(address: str) -> str:
         raise NotFound(f"you are not logged in for {address}")
@@ -467,6 +484,8 @@ def test_a_refusal_is_not_tried_again_and_its_document_is_the_cause(
         ),
         Reply(200, {"status": "ACTIVE"}),
         Reply(200, {"action_id": "..", "status": "ACTIVE"}),
+        Reply(200, {"action_id": "\ud800", "status": "ACTIVE"}),
+        Reply(200, text='{"action_id": "a", "status": "SUCCEEDED", "details": {"n": 1e999}}'),
         Reply(200, {"action_id": "a", "status": "WHATEVER"}),
         Reply(200, text='{"action_id": "a", "status": "SUCCEEDED", "details": {"n": NaN}}'),
     ],
@@ -580,6 +599,25 @@ def test_an_action_that_takes_too_long_is_cancelled_and_its_last_status_kept(pro
     assert run.cause["details"]["progress"] > 1
     assert not provider.active
     assert codes(run)[-3:] == ["ActionCanceled", "ActionFailed", "FlowFailed"]
+
+
+def test_an_action_whose_provider_hangs_does_not_outlast_its_time(provider: ActionServer) -> None:
+    provider.behaviour = Waiting()
+    given_up = threading.Event()
+    in_time: list[bool] = []
+    hangs = [lambda: in_time.append(given_up.wait(20))]
+
+    def on_event(event: Mapping[str, Any]) -> None:
+        if event["code"] == "ActionPolled" and hangs:
+            provider.next.append(hangs.pop())
+        if event["code"] == "ActionCanceled":
+            given_up.set()
+
+    run = go(flow(Start=action(provider, WaitTime=1)), on_event=on_event)
+    assert run.error == "ActionTimeout"
+    assert not provider.active
+    provider.wait_for(lambda: in_time, patience_s=30)
+    assert in_time == [True]
 
 
 @pytest.mark.parametrize(

@@ -7,8 +7,9 @@ import json
 import os
 import signal
 import socket
+import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +28,9 @@ from scistream_flows.errors import (
     RelayError,
     ScistreamError,
 )
+from scistream_flows.gateway import LocalGateway
 from scistream_flows.models import Offer, Status
+from scistream_flows.relay import Outcome
 from scistream_flows.s2cs import S2CS
 
 Facility = Callable[..., S2CS]
@@ -484,3 +487,70 @@ def test_a_missing_binary_is_an_error_that_says_how_to_build_it(
         service.request(prod())
     with pytest.raises(NotFound):
         service.status(of())
+
+
+class Watched(LocalGateway):
+    """This machine; says before each call of a relay's verb that it will be made."""
+
+    def __init__(self, service: S2CS, before: Callable[[str], object]) -> None:
+        (config,) = service.config.gateways
+        super().__init__(config, runtime_dir=service.config.state_dir / "relays")
+        self._before = before
+
+    def run(self, argv: Sequence[str], *, stdin: str = "", timeout_s: float) -> Outcome:
+        self._before(argv[1])
+        return super().run(argv, stdin=stdin, timeout_s=timeout_s)
+
+
+def test_a_stream_that_another_process_is_closing_is_not_reported_lost(
+    facility: Facility, state_base: Path, relays_below: Relays
+) -> None:
+    service = facility()
+    service.request(prod(lease_s=1))
+    assert relays_below(state_base, patience_s=10) == []
+    closing, go_on, asked = threading.Event(), threading.Event(), []
+
+    def wait(verb: str) -> None:
+        if verb == "status":
+            closing.set()
+            assert go_on.wait(30)
+
+    def let_go(verb: str) -> None:
+        asked.append(verb)
+        if asked.count("status") == 2:  # it has read that the stream is open, and not ended
+            go_on.set()
+            closer.join(30)
+
+    with (
+        S2CS(service.config, gateways={"local": Watched(service, wait)}) as other,
+        S2CS(service.config, gateways={"local": Watched(service, let_go)}) as this,
+    ):
+        closer = threading.Thread(target=other.list, args=({"protocol": 1},))
+        closer.start()
+        assert closing.wait(30)
+        status = this.status({"protocol": 1, "uid": "s", "role": "PROD"})
+        go_on.set()
+        closer.join(30)
+    assert (status.state, status.reason) == ("ENDED", "lease_expired")
+
+
+def test_a_stream_that_another_process_is_opening_has_been_requested(facility: Facility) -> None:
+    service = facility()
+    starting, go_on = threading.Event(), threading.Event()
+
+    def wait(verb: str) -> None:
+        if verb == "start":
+            starting.set()
+            assert go_on.wait(30)
+
+    with S2CS(service.config, gateways={"local": Watched(service, wait)}) as other:
+        opener = threading.Thread(target=other.request, args=(prod(),))
+        opener.start()
+        try:
+            assert starting.wait(30)
+            seen = [service.status(of()), *service.list({"protocol": 1}).streams]
+        finally:
+            go_on.set()
+            opener.join(30)
+    assert [one.state for one in seen] == ["REQUESTED", "REQUESTED"]
+    service.release(of())

@@ -128,6 +128,44 @@ def test_a_quota_is_for_whom_it_names(facility: Facility, site: Site) -> None:
 # --- administrators, through the verbs
 
 
+def test_what_a_person_has_open_under_a_linked_identity_counts(facility: Facility, site: Site) -> None:
+    linked = "urn:test:linked"
+    site(
+        "aps", {"capacity_mbits_per_s": 1000}, max_streams_per_owner=2, max_reserved_mbits_per_s_per_owner=100
+    )
+    service = facility()
+    service.request(prod("one", rate_mbits_per_s=60), owner=(ALICE, linked))
+    with pytest.raises(PolicyDenied, match="limit of 100 is passed"):
+        service.request(prod("two", rate_mbits_per_s=60), owner=(linked, ALICE))
+    service.request(prod("two"), owner=(linked, ALICE))
+    with pytest.raises(PolicyDenied, match="the limit is 2"):
+        service.request(prod("three"), owner=(linked, ALICE))
+    service.request(prod("three"), owner=BOB)
+    service.evict()
+
+
+def test_a_uuid_in_capitals_is_the_same_identity(facility: Facility, site: Site) -> None:
+    capitals = GROUP.replace("dabd2bdc", "DABD2BDC")
+    site("aps", {}, users=[capitals], administrators=[capitals])
+    service = facility()
+    service.request(prod(monitors=[capitals]), owner=(ALICE, GROUP))
+    service.request(prod("other"), owner=(BOB, GROUP))
+    assert service.status(of(), owner=(CAROL, GROUP)).owner == ALICE
+    assert len(service.list(EVERYTHING, owner=(CAROL, GROUP)).streams) == 2
+    service.evict()
+
+
+def test_a_stream_whose_lease_has_ended_is_booked_no_more(
+    facility: Facility, site: Site, state_base: Path, relays_below: Relays
+) -> None:
+    site("aps", {"capacity_mbits_per_s": 100})
+    service = facility()
+    service.request(prod(rate_mbits_per_s=100, lease_s=1))
+    assert relays_below(state_base, patience_s=10) == []
+    (report,) = service.gateways()
+    assert (report.streams, report.reserved_mbits_per_s) == (0, 0)
+
+
 def test_an_administrator_who_names_the_owner_sees_renews_and_ends_every_stream(
     facility: Facility, site: Site
 ) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import datetime as dt
 import ipaddress
 import os
@@ -131,6 +132,31 @@ def test_a_page_of_elsewhere_cannot_call_a_development_facility(
     for name in ("localhost", "127.0.0.1", "[::1]"):
         own = {"Host": f"{name}:{port}", "Origin": f"http://{name}:{port}"}
         assert caller.ask("GET", "/streams", headers=own).status_code == 200
+
+
+def test_who_connects_and_does_not_ask_loses_the_connection(served: Served, caller: Caller) -> None:
+    host, _, port = served.url.removeprefix("http://").rpartition(":")
+    head = f"GET /health HTTP/1.1\r\nHost: {host}:{port}\r\n"
+    body = head.replace("GET /health", "POST /actions/start/run") + "Content-Length: 9\r\n\r\n{"
+    with contextlib.ExitStack() as open_ones:
+        said = {}
+        for begun in ("", head, f"{head}\r\n{head}", body):
+            said[begun] = open_ones.enter_context(socket.create_connection((host, int(port)), timeout=40))
+            said[begun].sendall(begun.encode())
+        answers = {begun: everything(connection) for begun, connection in said.items()}
+    assert (answers[""], answers[head]) == (b"", b"")
+    assert answers[f"{head}\r\n{head}"].startswith(b"HTTP/1.1 200 ")
+    assert answers[body].startswith(b"HTTP/1.1 408 ")
+    assert caller.ask("GET", "/health").status_code == 200
+
+
+def everything(connection: socket.socket) -> bytes:
+    """What comes until the other side closes."""
+    content = b""
+    with contextlib.suppress(ConnectionResetError):
+        while data := connection.recv(4096):
+            content += data
+    return content
 
 
 def test_health_says_that_it_answers_and_nothing_else(served: Served) -> None:

@@ -1,6 +1,6 @@
 """A stream as a flow, on this machine: two facilities, an instrument, an analysis.
 
-    python examples/flow/run.py
+    python examples/flow/flow.py
 
 Starts the services of two facilities (`aps`, `alcf`) and the instrument, renders the flow for the two, and runs it
 with the local flow runner, which calls the facilities over HTTP as Globus Flows would. When the relays are connected,
