@@ -164,10 +164,11 @@ def serve(
         MissingExtra: When the extra `server` is not installed.
     """
     try:
+        import fastapi  # noqa: F401 - first asked for in the midst of serving, where it is no good answer any more
         import uvicorn
         from uvicorn.supervisors import Multiprocess
-    except ImportError:
-        raise MissingExtra("uvicorn is not installed", which="uvicorn", hint=_EXTRA) from None
+    except ImportError as missing:
+        raise MissingExtra(f"{missing.name} is not installed", which=str(missing.name), hint=_EXTRA) from None
     development = AuthConfig.of(config).development
     address = _admit_listener(listener_ip, development=development, encrypted=certificate is not None)
     _check_certificate(certificate, key)

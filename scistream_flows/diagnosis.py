@@ -9,6 +9,7 @@ from __future__ import annotations
 import ipaddress
 import json
 import math
+import re
 import shlex
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -168,7 +169,7 @@ def _ports(case: Case) -> Iterator[Finding]:
                 f"{one.address}: none of the ports {first}-{last} is free ({named})",
                 case.edit(port_range=f"{first}-{room}")
                 if room > last
-                else case.edit(port_range=f"{first - 100}-{last}"),
+                else case.edit(port_range=f"{max(1024, first - 100)}-{last}"),
             )
         else:
             yield case.finding(
@@ -661,8 +662,7 @@ def _kernel_version(release: str) -> tuple[int, int]:
 
 def _ranges(text: str) -> list[tuple[int, int]]:
     """`1,4-6` as pairs of first and last."""
-    pairs = (part.partition("-") for part in text.split(",") if part.strip())
-    return [(int(first), int(last or first)) for first, _, last in pairs]
+    return [(int(first), int(last or first)) for first, last in re.findall(r"([0-9]+)(?:-([0-9]+))?", text)]
 
 
 def _processors(text: str | None) -> set[int]:

@@ -672,7 +672,7 @@ def check_protocol(document: Mapping[str, Any], what: str) -> None:
     theirs = document.get("protocol")
     if isinstance(theirs, bool) or theirs != PROTOCOL:
         raise ProtocolMismatch(
-            f"{what} carries protocol {'none' if theirs is None else theirs}, this side speaks {PROTOCOL}",
+            f"{what} carries protocol {'none' if theirs is None else repr(theirs)}, this side speaks {PROTOCOL}",
             which=what,
             hint="Run versions of the same protocol on both sides",
             theirs=theirs if isinstance(theirs, int) else None,

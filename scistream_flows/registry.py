@@ -241,8 +241,20 @@ class Registry:
     def streams(self, *phases: Phase) -> list[StreamRow]:
         """The streams in these phases, oldest first."""
         with self._transaction() as db:
-            rows = db.execute("SELECT * FROM streams ORDER BY id").fetchall()
-            return [_stream(db, row) for row in rows if row["phase"] in phases]
+            rows = db.execute(
+                "SELECT * FROM streams WHERE phase IN (SELECT value FROM json_each(?)) ORDER BY id",
+                (json.dumps(phases),),
+            ).fetchall()
+            return [_stream(db, row) for row in rows]
+
+    def mentions(self, text: str, *, uid: str | None = None) -> bool:
+        """Whether the request of any stream, or of any of this name, has this text in it."""
+        with self._transaction() as db:
+            found = db.execute(
+                "SELECT 1 FROM streams WHERE instr(request, ?) AND uid = coalesce(?, uid) LIMIT 1",
+                (text, uid),
+            )
+            return found.fetchone() is not None
 
     def relays(self) -> dict[str, tuple[Key, Phase]]:
         """Each relay_id that is written down, with its stream."""

@@ -329,13 +329,7 @@ class S2CS:
             uid: The name of the streams that count; by default all.
         """
         policy_names = self.config.policy.model_dump_json(include={"users", "administrators", "quota"})
-        streams = (
-            [*self._registry.named(uid, "PROD"), *self._registry.named(uid, "CONS")]
-            if uid is not None
-            else self._registry.streams("opening", "open", "ended")
-        )
-        rights = [urn for one in streams for urn in (*one.request.managers, *one.request.monitors)]
-        return any(GROUP_URN in text for text in (policy_names, *rights))
+        return GROUP_URN in policy_names or self._registry.mentions(GROUP_URN, uid=uid)
 
     # --- administration: for who holds the state directory, not reached by `answer`
 

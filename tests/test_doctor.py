@@ -19,7 +19,7 @@ from typing import Any
 import pytest
 from sshd import Account, Server, make_key, why_not
 
-from scistream_flows.config import FacilityConfig, load_facility
+from scistream_flows.config import FacilityConfig, PortRange, load_facility
 from scistream_flows.diagnosis import Case, Finding, judge, judge_state
 from scistream_flows.doctor import Attempt, clock_offset_s, examine, judge_attempt
 from scistream_flows.errors import NotFound
@@ -296,6 +296,24 @@ def test_what_is_wrong_with_a_node_is_named_with_what_to_do(
     assert one.level == level
     assert said in one.message
     assert (one.fix is None) if fix is None else (fix in (one.fix or ""))
+
+
+@pytest.mark.parametrize("odd", ["", "-1", "a-b", "x y z", "1-", ",", "9" * 30])
+def test_what_a_node_says_oddly_is_no_crash(dtn: FacilityConfig, odd: str) -> None:
+    settings = dict.fromkeys(NODE["settings"], odd) | {"net.ipv4.ip_local_port_range": "32768 60999"}
+    wide = dtn.gateways[0].model_copy(update={"port_range": PortRange(1, 65_535)})
+    taken = {"checked": 9, "free": 0, "refused": [{"port": 1, "errno": "EADDRINUSE"}]}
+    document = {
+        **NODE,
+        "settings": settings,
+        "kernel": odd,
+        "cpus_allowed": odd,
+        "numa_nodes": {"0": odd, "1": odd},
+        "addresses": [{**NODE["addresses"][0], "ports": taken}],
+    }
+    site = dtn.model_copy(update={"gateways": (wide,)})
+    (ports,) = found(list(judge(case(site, document))), "ports")
+    assert 'port_range = "1024-65535"' in str(ports.fix)
 
 
 @pytest.mark.parametrize(

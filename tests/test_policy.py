@@ -340,3 +340,15 @@ def test_rights_belong_to_owner_managers_and_for_seeing_monitors() -> None:
         ("monitor", [], False),
     ):
         assert policy.allows(right, caller=caller, **stream) is allowed  # type: ignore[arg-type]
+
+
+def test_an_address_with_a_zone_is_no_way_round_what_is_denied() -> None:
+    """The kernel ignores the zone of a routed address, so that it would reach the gateway itself."""
+    site = facility(gateway(wan_bind="2001:db8::10"), targets=["[::/0]"])
+    for address in ("[2001:db8::10]:22", "[2001:db8::10%1]:22"):
+        with pytest.raises(PolicyDenied):
+            policy.admit_address(address, kind="targets", facility=site)
+    with pytest.raises(ValueError, match="neither an IP address nor a host name"):
+        Request(uid="s", role="PROD", targets=["[2001:db8::10%1]:22"])
+    with pytest.raises(ValueError, match="not an IP address or a network"):
+        Request(uid="s", role="CONS", consumers=["2001:db8::10%1"])
