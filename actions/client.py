@@ -248,6 +248,8 @@ def _plain(error: BaseException) -> str:
 def _is_here(url: str) -> bool:
     """Whether an address is of this machine itself."""
     host = urlsplit(url).hostname or ""
+    if "\\" in url or "@" in urlsplit(url).netloc:  # read in more than one way
+        return False
     try:
         return ip_address(host).is_loopback
     except ValueError:

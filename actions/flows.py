@@ -26,7 +26,7 @@ from rich.text import Text
 from scistream_flows import __version__
 from scistream_flows.errors import BadRequest, MissingExtra
 
-from .console import CANCELLED, SETTINGS, put, put_document, say, show_debugging
+from .console import CANCELLED, SETTINGS, plain, put, put_document, say, show_debugging
 from .console import run as run_command
 from .tokens import Tokens
 
@@ -290,7 +290,7 @@ def run(
         def release(events: Callable[[Mapping[str, Any]], object], _: threading.Event) -> Run:
             return runner.run(part, ended.output or {}, authorizer=tokens, on_event=events)
 
-        released = _followed(release, screen)
+        released = _followed(release, screen, interrupted="still releasing")
     if ended.status == "ENDED" and streams and not _is_released(released):
         screen.note(
             f"stream {ended.run_id} was not released on both sides: what is left of it ends by its lease"
@@ -326,7 +326,7 @@ def _report(ended: Run, released: Run | None, screen: Screen, *, form: Format) -
     put(f"{ended.status} run {ended.run_id} in {screen.elapsed_s:.1f} s")
     if ended.status == "FAILED":
         error = (ended.output or {}).get("error") if isinstance(ended.output, dict) else None
-        say(f"error: {_why(error) or _why({'Error': ended.error, 'Cause': ended.cause})}")
+        say(f"error: {plain(_why(error) or _why({'Error': ended.error, 'Cause': ended.cause}))}")
 
 
 def _why(error: Any) -> str:
@@ -371,10 +371,13 @@ def _with_run_id(part: Any, run_id: str) -> Any:
 
 
 def _followed(
-    start: Callable[[Callable[[Mapping[str, Any]], object], threading.Event], Run], screen: Screen
+    start: Callable[[Callable[[Mapping[str, Any]], object], threading.Event], Run],
+    screen: Screen,
+    *,
+    interrupted: str = "cancelling",
 ) -> Run:
     """Run a flow in a thread and show its events; Ctrl-C and SIGTERM cancel it, a second one leaves at once."""
-    events: queue.SimpleQueue[Mapping[str, Any] | None] = queue.SimpleQueue()
+    events: queue.SimpleQueue[Mapping[str, Any] | signal.Signals | None] = queue.SimpleQueue()
     cancelled = threading.Event()
     outcome: list[Run | BaseException] = []
 
@@ -385,21 +388,18 @@ def _followed(
             outcome.append(wrong)
         events.put(None)
 
-    with _terminated_like_interrupted(), screen:
+    with _signals_told(events.put), screen:
         thread = threading.Thread(target=work, name="run", daemon=True)
         thread.start()
-        while True:
-            try:
-                event = events.get()
-                if event is None:
-                    break
+        while (event := events.get()) is not None:
+            if not isinstance(event, signal.Signals):
                 screen.show(event)
-            except KeyboardInterrupt:
-                if cancelled.is_set():
-                    screen.note("left; what is open ends by its lease")
-                    raise click.exceptions.Exit(CANCELLED) from None
+            elif cancelled.is_set():
+                screen.note("left; what is open ends by its lease")
+                raise click.exceptions.Exit(CANCELLED)
+            else:
                 cancelled.set()
-                screen.note("cancelling; again to leave at once")
+                screen.note(f"{interrupted}; again to leave at once")
         thread.join()
     if isinstance(outcome[0], BaseException):
         raise outcome[0]
@@ -407,12 +407,10 @@ def _followed(
 
 
 @contextmanager
-def _terminated_like_interrupted() -> Iterator[None]:
-    def interrupt(_number: int, _frame: object) -> NoReturn:
-        raise KeyboardInterrupt
-
+def _signals_told(tell: Callable[[signal.Signals], object]) -> Iterator[None]:
+    """Ctrl-C and SIGTERM are told, not raised: an exception could come anywhere, also between words or in tidying."""
     numbers = (signal.SIGINT, signal.SIGTERM)
-    before = [signal.signal(number, interrupt) for number in numbers]
+    before = [signal.signal(number, lambda got, _: tell(signal.Signals(got))) for number in numbers]
     try:
         yield
     finally:
@@ -448,7 +446,7 @@ class Screen:
 
     def note(self, words: str) -> None:
         """Say something."""
-        self._console.print(Text(words, style="dim"))
+        self._console.print(Text(plain(words), style="dim"))
 
     def show(self, event: Mapping[str, Any]) -> None:
         """Show one event of the run."""
@@ -471,6 +469,7 @@ class Screen:
             self._done("✗", "red", name, why or event["description"])
 
     def _working(self, name: str, said: str) -> None:
+        said = plain(str(said))  # a provider's words
         if self._live is not None:
             self._live.update(Spinner("dots", Text(f"{name}  {said}")))
         elif said and (name, said) != self._said:
@@ -479,7 +478,7 @@ class Screen:
 
     def _done(self, sign: str, colour: str, name: str, said: str) -> None:
         took_s = time.monotonic() - self._entered.get(name, self._began)
-        line = Text.assemble((sign, colour), f" {name}  {said}  ", (f"{took_s:.1f} s", "dim"))
+        line = Text.assemble((sign, colour), f" {name}  {plain(str(said))}  ", (f"{took_s:.1f} s", "dim"))
         self._console.print(line, soft_wrap=True)
 
 

@@ -44,6 +44,7 @@ ERRORS: dict[int | str, dict[str, Any]] = {
         403: "Not allowed",
         404: "No such thing for this caller",
         409: "It is in another state, or the name is taken",
+        408: "The body took too long",
         413: "The body is too large",
         422: "A field is wrong",
         500: "The facility has made a mistake",

@@ -263,10 +263,10 @@ class Records:
     def find(self, provider: str, action_id: str) -> Record | None:
         """The action, or None when there is none of this id at this provider."""
         with self._transaction() as db:
-            self._let_go(db)
             row = db.execute(
                 "SELECT * FROM actions WHERE provider = ? AND action_id = ?", (provider, action_id)
             ).fetchone()
+            self._let_go(db)  # after the look: one that is kept for no time at all is seen once
             return None if row is None else _record(row)
 
     def advance(self, record: Record, outcome: Outcome) -> bool:

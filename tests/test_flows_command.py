@@ -19,6 +19,7 @@ from typing import Any
 import pytest
 from click.testing import CliRunner
 from serving import Served, serving
+from standins.actions import Action, ActionServer, Behaviour
 
 from scistream_flows.actions import flows as command
 from scistream_flows.actions import tokens as pinned
@@ -301,6 +302,34 @@ def test_a_run_that_is_interrupted_releases_both_sides(
     assert "Traceback" not in words
 
 
+def test_a_run_that_is_interrupted_impatiently_says_that_it_leaves_something(
+    base: Path,
+    pair: dict[str, Served],
+    own: dict[str, str],
+    tmp_path: Path,
+    application: Any,
+    relays_below: Callable[..., list[int]],
+) -> None:
+    flow, given = runnable(pair, tmp_path, application.address)
+    text = Path(flow).read_text().replace('"lease_s": 540', '"lease_s": 12')
+    Path(flow).write_text(text)
+    process = subprocess.Popen(
+        [sys.executable, "-c", PROGRAM, "run", "--local", flow, "--input", given],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**os.environ, **own},
+    )
+    follow_until(process, "MonitorStream")
+    for number in (signal.SIGINT, signal.SIGTERM):
+        process.send_signal(number)
+    said, words = process.communicate(timeout=60)
+    assert (process.returncode, said) == (130, "")
+    assert "left; what is open ends by its lease" in words
+    assert "Traceback" not in words
+    assert relays_below(base, patience_s=40) == []
+
+
 def test_a_run_may_be_left_to_its_leases_as_at_globus(
     base: Path,
     pair: dict[str, Served],
@@ -326,6 +355,23 @@ def test_a_run_may_be_left_to_its_leases_as_at_globus(
     assert said.startswith("ENDED run ")
     assert "ends by its lease" in words
     assert relays_below(base), "nothing was released"
+
+
+class Rude(Behaviour):
+    def start(self, action: Action) -> None:
+        action.display_status = "\x1b]0;mine\x07 \u202e"
+        action.fail(code="rude", description="\x9b2J\nfake line")
+
+
+def test_a_provider_cannot_steer_the_terminal(tmp_path: Path) -> None:
+    with ActionServer(Rude()) as server:
+        states = {"Ask": {"Type": "Action", "ActionUrl": server.url, "Parameters": {}, "End": True}}
+        (tmp_path / "flow.json").write_text(json.dumps({"StartAt": "Ask", "States": states}))
+        done = flows("run", "--local", str(tmp_path / "flow.json"))
+    assert done.returncode == 1
+    assert "fake line" in done.stderr
+    assert not [one for one in done.stdout + done.stderr if not one.isprintable() and one != "\n"]
+    assert "fake line" not in [line.strip() for line in done.stderr.splitlines()]
 
 
 def test_a_flow_without_streams_is_run_and_cancelled_as_well(tmp_path: Path) -> None:

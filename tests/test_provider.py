@@ -184,7 +184,8 @@ def test_a_monitor_shows_live_progress(
 
             def flowing() -> bool:
                 seen.append(at_a.status("monitor", watch["action_id"]))
-                return "MB/s" in seen[-1]["display_status"] and "limits" in seen[-1]["display_status"]
+                said = seen[-1]["display_status"]
+                return "MB/s" in said and "limited by the " in said
 
             try:
                 within(flowing, timeout_s=15)

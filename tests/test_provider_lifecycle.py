@@ -14,9 +14,10 @@ from pydantic import BaseModel
 from scistream_flows.actions.auth import DevelopmentToken
 from scistream_flows.actions.documents import ActionRequest, ActionStatus
 from scistream_flows.actions.lifecycle import Lifecycle
-from scistream_flows.actions.operations import Call, Operation
+from scistream_flows.actions.operations import Call, Operation, Start, StartInput
 from scistream_flows.actions.records import Outcome, Record, Records
 from scistream_flows.errors import GatewayUnreachable, NotFound, RelayError
+from scistream_flows.models import Release, Request, StatusQuery
 from scistream_flows.s2cs import S2CS
 
 
@@ -136,6 +137,22 @@ def test_a_step_that_ends_after_the_action_was_cancelled_is_undone(
     within(lambda: operation.withdrawn == 2)  # when it was cancelled, and when the step had ended
     assert life[0].status(operation, record.action_id, life[1]) == cancelled
     assert cancelled.details["code"] == "cancelled"
+
+
+def test_a_start_that_is_cancelled_releases_the_callers_own_stream_only(
+    facility: Callable[..., S2CS],
+) -> None:
+    service, ada = facility(), f"urn:globus:auth:identity:{uuid.uuid4()}"
+    me = f"urn:globus:auth:identity:{uuid.uuid4()}"
+    shared = Request(uid="s", role="PROD", targets=["127.0.0.1:9"], managers=[me])
+    service.request(shared, owner=ada)
+    begun = StartInput.model_validate({"stream_id": "s", "role": "PROD", "targets": ["127.0.0.1:9"]})
+    call = Call(
+        service=service, input=begun, caller=(me,), managers=(), monitors=(), elapsed_s=0.0, memory=None
+    )
+    Start().withdraw(call)
+    assert service.status(StatusQuery(uid="s", role="PROD"), owner=ada).state == "LISTENING"
+    service.release(Release(uid="s", role="PROD"), owner=ada)
 
 
 def test_one_step_at_a_time_is_done_however_many_look(life: tuple[Lifecycle, str]) -> None:

@@ -122,6 +122,15 @@ def test_an_action_is_forgotten_when_its_time_is_over(records: Records, within: 
     assert add(records, keep_s=0.05)[1]
 
 
+def test_an_action_that_is_kept_for_no_time_is_seen_once(records: Records) -> None:
+    record, _ = add(records, keep_s=0)
+    records.advance(record, DONE)
+    last = records.find("start", record.action_id)
+    assert last is not None
+    assert last.status == "SUCCEEDED"
+    assert records.find("start", record.action_id) is None
+
+
 def test_an_action_that_nobody_looks_at_is_forgotten_after_its_deadline(
     records: Records, within: Callable[..., None]
 ) -> None:
