@@ -1,6 +1,7 @@
 """Listeners, targets and relays in any number, and both versions of IP."""
 
 import socket
+from contextlib import suppress
 
 import pytest
 
@@ -112,11 +113,20 @@ def test_a_consumer_counts_at_both_addresses_of_a_listener(gateway: Gateway, app
     assert apps.knock(four) == RESET
 
 
+def port_of_both(apps: Applications) -> int:
+    """A port on which we listen at ::1, and that is free at 127.0.0.1."""
+    for _ in range(20):
+        port = int(apps.listen("::1").getsockname()[1])
+        with suppress(OSError), socket.create_server(("127.0.0.1", port)):
+            return port
+    raise AssertionError("no port is free at both addresses")
+
+
 @pytest.mark.skipif(not has_ipv6(), reason="this machine has no IPv6 loopback")
 def test_a_port_that_is_taken_at_one_of_the_addresses_is_not_used(
     gateway: Gateway, apps: Applications
 ) -> None:
-    taken = apps.listen("::1").getsockname()[1]
+    taken = port_of_both(apps)
     first = min(taken, 65000)
     listen = {"addresses": ["127.0.0.1", "::1"], "first_port": taken, "last_port": taken}
     with pytest.raises(RefusedError) as refusal:
