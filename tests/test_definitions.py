@@ -6,7 +6,10 @@ import copy
 import itertools
 import json
 import re
+import subprocess
+import sys
 import uuid
+import zipfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -513,3 +516,19 @@ def test_a_file_that_is_no_flow_says_so(text: str, words: str) -> None:
         return
     with pytest.raises(BadRequest, match=words):
         read_flow(text, what="flow.json")
+
+
+@pytest.mark.package
+@pytest.mark.timeout(300)
+def test_each_definition_is_valid_by_the_schema_that_globus_has_published(tmp_path: Path) -> None:
+    """The last release of Globus's own client that has the schema; ours knows newer states too."""
+    pip = [sys.executable, "-m", "pip", "--disable-pip-version-check", "download", "--no-deps", "--quiet"]
+    subprocess.run([*pip, "--dest", tmp_path, "globus-automate-client==0.17.0"], check=True, timeout=240)
+    (wheel,) = tmp_path.glob("*.whl")
+    with zipfile.ZipFile(wheel) as archive:
+        schema = json.loads(archive.read("globus_automate_client/flows_schema.json"))
+    published = jsonschema.validators.validator_for(schema)(schema)
+    assert list(published.iter_errors({"StartAt": "A", "States": {"A": {"Type": "Parallel"}}}))
+    for kind in KINDS:
+        for analysis in (None, ANALYSIS):
+            assert list(published.iter_errors(rendered(kind, analysis=analysis).definition)) == [], kind
