@@ -32,7 +32,9 @@ REQUEST_WITHIN_S: Final = 10.0
 
 def answer(wrong: ScistreamError, *, status: int | None = None) -> JSONResponse:
     """The document of an error, with its HTTP status."""
-    headers = {"WWW-Authenticate": wrong.challenge} if isinstance(wrong, Unauthenticated) else None
+    # also of a refusal that another scope, or a consent, would lift (RFC 6750, 3.1)
+    challenge = wrong.challenge if isinstance(wrong, Unauthenticated) else wrong.details.get("challenge")
+    headers = {"WWW-Authenticate": str(challenge)} if challenge else None
     return JSONResponse(wrong.to_document(), status_code=status or wrong.http_status, headers=headers)
 
 

@@ -6,7 +6,6 @@ No answer waits for a gateway: a step is done by a worker thread, and whoever as
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import threading
 import time
@@ -18,6 +17,7 @@ from typing import Any, Final, Literal, TypeAlias
 
 from pydantic import BaseModel
 
+from scistream_flows.config import FacilityConfig
 from scistream_flows.errors import (
     BadRequest,
     Busy,
@@ -167,7 +167,12 @@ class Lifecycle:
         rule = self.auth.config.runnable_by if operation.opens else ("all_authenticated_users",)
         admit(self.auth, authorization, rule)
         uid = getattr(body, "stream_id", None) or getattr(body, "uid", None)
-        return identify(self.auth, authorization, groups=self._service.names_groups(uid))
+        return identify(
+            self.auth,
+            authorization,
+            groups=self._service.names_groups(uid),
+            withheld=may_withhold_groups(self._service.config, opens=operation.opens),
+        )
 
     def _find(
         self, operation: Operation[Any], action_id: str, authorization: str | None, access: Access
@@ -273,15 +278,31 @@ class Lifecycle:
         )
 
 
-def identify(auth: Authenticator, authorization: str | None, *, groups: bool) -> Identity:
-    """Who calls, with its groups where they are wanted; one whose groups may not be seen is judged without them.
+def may_withhold_groups(facility: FacilityConfig, *, opens: bool) -> bool:
+    """Whether a caller may keep its groups secret: not where it opens a stream, and a quota names a group."""
+    return not (opens and names_group(urn for quota in facility.policy.quota for urn in quota.users))
+
+
+def identify(
+    auth: Authenticator, authorization: str | None, *, groups: bool, withheld: bool = True
+) -> Identity:
+    """Who calls, with its groups where they are wanted.
+
+    Args:
+        auth: Proves it.
+        authorization: The header.
+        groups: Whether they are wanted.
+        withheld: Whether one whose groups may not be seen is judged without them, rather than refused.
 
     Raises:
         Unauthenticated, PolicyDenied, AuthUnavailable: As `Authenticator.identify`.
     """
     if groups:
-        with contextlib.suppress(PolicyDenied):
+        try:
             return auth.identify(authorization, groups=True)
+        except PolicyDenied:
+            if not withheld:
+                raise
     return auth.identify(authorization)
 
 

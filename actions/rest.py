@@ -38,7 +38,7 @@ from scistream_flows.models import (
 from scistream_flows.s2cs import S2CS
 
 from .auth import Authenticator, admit
-from .lifecycle import identify
+from .lifecycle import identify, may_withhold_groups
 from .provider import ERRORS, Authorization, proof
 
 AT_ONCE: Final = 24
@@ -103,8 +103,10 @@ class _Asking:
     def __call__(self, authorization: str | None, verb: Callable[..., A], document: BaseModel) -> A:
         """What the verb answers to the caller."""
         groups = self._service.names_groups(getattr(document, "uid", None))
-        identity = identify(self._auth, authorization, groups=groups)
-        name = self._service.config.name
+        facility = self._service.config
+        withheld = may_withhold_groups(facility, opens=isinstance(document, Request))
+        identity = identify(self._auth, authorization, groups=groups, withheld=withheld)
+        name = facility.name
         if not self._places.acquire(timeout=1):
             raise Busy(
                 f"facility {name} is doing {AT_ONCE} requests already",

@@ -24,7 +24,6 @@ from scistream_flows.errors import (
     BadRequest,
     FacilityUnreachable,
     NotSupported,
-    ScistreamError,
     error_from_document,
 )
 from scistream_flows.models import (
@@ -210,8 +209,6 @@ class ExecutorFacility(_Verbs):
             raise FacilityUnreachable(f"{self.name} takes no work: {wrong}", which=self.name) from wrong
         try:
             said = json.loads(json.dumps(future.result(self._deadline_s)))
-        except ScistreamError:
-            raise
         except FutureTimeout:
             raise FacilityUnreachable(
                 f"{self.name} has not answered {verb} within {self._deadline_s:g} s",

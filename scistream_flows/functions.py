@@ -15,9 +15,9 @@ import logging
 import platform
 import threading
 from collections.abc import Mapping
-from importlib.metadata import version
 from typing import Any, Final, NamedTuple
 
+from scistream_flows import __version__
 from scistream_flows.config import load_facility
 from scistream_flows.errors import PROTOCOL, BadRequest, ScistreamError
 from scistream_flows.s2cs import S2CS, VERBS
@@ -127,5 +127,5 @@ def _worker() -> dict[str, str]:
     return {
         "python": platform.python_version(),
         "host": platform.node(),
-        "version": version("scistream-flows"),
+        "version": __version__,
     }

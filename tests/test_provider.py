@@ -48,13 +48,15 @@ class World:
 
 
 @contextlib.contextmanager
-def with_client(globus: Globus, base: Path, name: str, **options: Any) -> Iterator[Served]:
+def with_client(
+    globus: Globus, base: Path, name: str, *, quota: str = "", **options: Any
+) -> Iterator[Served]:
     """A facility that has a client at the stand-in."""
     client, scope = globus.add_facility()
     secret = base / f"{name}-secret"
     secret.write_text(str(client.secret))
     secret.chmod(0o600)
-    table = GLOBUS_TABLE.format(client_id=client.id, secret=secret)
+    table = GLOBUS_TABLE.format(client_id=client.id, secret=secret) + quota
     with serving(base, name, more=table, environment=globus.environment, **options) as served:
         served.scope = scope
         yield served
@@ -334,6 +336,25 @@ def test_release_is_idempotent(at_a: Caller, uid: str) -> None:
     assert [one["released"] for one in (first, second, never)] == [True, True, True]
     assert (first["final"]["reason"], second["final"]["reason"]) == ("released", "released")
     assert "final" not in never
+
+
+@pytest.mark.parametrize("way", ["action", "rest"])
+def test_no_quota_of_a_group_is_escaped_by_keeping_the_group_secret(
+    world: World, bob: Person, tmp_path: Path, way: str
+) -> None:
+    quota = f'[[policy.quota]]\nusers = ["{group_of(bob)}"]\nmax_num_conn = 1\n'
+    with with_client(world.globus, tmp_path, "strict", quota=quota) as strict:
+        open_, secretive = world.caller(strict, bob), world.caller(strict, bob, consents=[])
+        if way == "action":
+            refused = secretive.run("start", prod("s", num_conn=2))
+            assert "num_conn" in open_.done("start", prod("s", num_conn=2))["details"]["description"]
+        else:
+            request = {"protocol": 1, "uid": "s", "role": "PROD", "num_conn": 2, "targets": ["127.0.0.1:9"]}
+            refused = secretive.ask("POST", "/streams", json=request)
+            assert open_.ask("POST", "/streams", json=request).status_code == 403
+        assert refused.status_code == 403
+        assert "scope" in refused.headers["WWW-Authenticate"]
+        assert secretive.ask("GET", "/streams").json()["streams"] == []
 
 
 def test_a_manager_through_a_group_releases_the_stream(
