@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 from scistream_flows import __version__
 from scistream_flows.config import FacilityConfig
+from scistream_flows.doorway import serve_socket
 from scistream_flows.errors import BadRequest, ConfigError, MissingExtra
 from scistream_flows.models import ip_of, join_address
 from scistream_flows.s2cs import S2CS
@@ -173,7 +174,7 @@ def serve(
     address = _admit_listener(listener_ip, development=development, encrypted=certificate is not None)
     _check_certificate(certificate, key)
     _check_facility(config)
-    with _listen(address, port) as listening:
+    with _listen(address, port) as listening, serve_socket(config) as path:
         port = listening.getsockname()[1]
         base_url = f"{'https' if certificate else 'http'}://{join_address(address, port)}"
         application = _Application(
@@ -202,6 +203,8 @@ def serve(
             if development
             else ""
         )
+        if path is not None:
+            said += f" and at {path}"
         server = uvicorn.Config(application, **settings)
         threading.Thread(target=_announce, args=(said, application.built), daemon=True).start()
         with _ended_by_a_signal():

@@ -111,7 +111,7 @@ def template(facility: str, gateways: Sequence[Place]) -> str:
             explained = True
     if not explained:
         parts.append(_SSH_EXAMPLE + _SSH)
-    return "".join([*parts, _POLICY, _QUOTA, _GLOBUS])
+    return "".join([*parts, _POLICY, _QUOTA, _SERVICE.format(facility=facility), _GLOBUS])
 
 
 def _live(gateway: Place) -> str:
@@ -287,6 +287,21 @@ _QUOTA = """
 #max_reserved_mbits_per_s_per_owner = 200000
 #max_num_conn = 128
 #max_connections = 256
+"""
+
+_SERVICE = """
+# --- Where the service of this facility, `s2cs`, is reached.
+#[service]
+# The address at which clients and jobs reach it. Default: none is told.
+#url = "https://gateway.example.org:5000"
+
+# A Unix socket at which it serves the accounts of this machine: who calls, the kernel says. The functions of a Globus
+# Compute endpoint of many users ask there. Nobody but the service may write in its directory. Default: none.
+#socket = "/run/scistream/{facility}.sock"
+
+# From a Unix account to the Globus identity that owns what the account opens at the socket. Default: any account owns
+# it itself, as urn:scistream:unix:UID@HOST.
+#accounts = {{ beamline7 = "urn:globus:auth:identity:00000000-0000-4000-8000-000000000002" }}
 """
 
 _GLOBUS = """

@@ -108,6 +108,20 @@ def _principal(value: str) -> str:
     return value
 
 
+def _identity(value: str) -> str:
+    if not plain_urn(value).startswith("urn:globus:auth:identity:"):
+        raise ValueError(f"{value!r} is not urn:globus:auth:identity:UUID")
+    return _principal(value)
+
+
+def _service_url(value: str) -> str:
+    if not re.fullmatch(
+        r"https?://[A-Za-z0-9_.-]+(:[0-9]{1,5})?|https?://\[[0-9a-fA-F:.]+\](:[0-9]{1,5})?", value
+    ):
+        raise ValueError(f"{value!r} is not an address such as https://gateway.example.org:5000")
+    return value
+
+
 def _urn(value: str, *, also: str = "") -> str:
     if not re.fullmatch(URN_PATTERN, value):
         raise ValueError(
@@ -179,6 +193,8 @@ Name: TypeAlias = Annotated[str, Field(pattern=UID_PATTERN)]
 URN: TypeAlias = Annotated[str, AfterValidator(_urn)]
 User: TypeAlias = Annotated[str, AfterValidator(_user)]
 Principal: TypeAlias = Annotated[str, AfterValidator(_principal)]
+IdentityURN: TypeAlias = Annotated[str, AfterValidator(_identity)]
+Account: TypeAlias = Annotated[str, Field(pattern=r"^[A-Za-z0-9_][A-Za-z0-9_.@-]{0,127}\$?$")]
 
 
 class _Table(BaseModel):
@@ -428,6 +444,28 @@ class GlobusConfig(_Table):
         return self
 
 
+class ServiceConfig(_Table):
+    """Where the service of this facility, `s2cs`, is reached.
+
+    Attributes:
+        url: The address at which clients and jobs reach it.
+        socket: A Unix socket at which it serves the accounts of this machine; the functions of Globus Compute then
+            ask there instead of acting by themselves. Nobody but the service may write in its directory.
+        accounts: From the name of a Unix account to the Globus identity that owns what the account opens at the
+            socket. Any other account owns it itself.
+    """
+
+    url: Annotated[str, AfterValidator(_service_url)] | None = None
+    socket: AbsolutePath | None = None
+    accounts: dict[Account, IdentityURN] = {}
+
+    @model_validator(mode="after")
+    def _accounts_come_by_the_socket(self) -> ServiceConfig:
+        if self.accounts and self.socket is None:
+            raise ValueError("accounts: only with socket, where accounts are known")
+        return self
+
+
 class _FacilityTable(_Table):
     name: Name
 
@@ -436,6 +474,7 @@ class _File(_Table):
     facility: _FacilityTable
     gateway: Annotated[list[GatewayConfig], Field(min_length=1)]
     policy: Policy = Policy()
+    service: ServiceConfig = ServiceConfig()
     globus: GlobusConfig | None = None
 
     @model_validator(mode="after")
@@ -453,6 +492,7 @@ class FacilityConfig(_Table):
     name: Name
     gateways: tuple[GatewayConfig, ...]
     policy: Policy
+    service: ServiceConfig = ServiceConfig()
     globus: GlobusConfig | None = None
     state_dir: Path
     file: Path | None = None
@@ -508,6 +548,7 @@ def load_facility(
         name=name,
         gateways=tuple(parsed.gateway),
         policy=parsed.policy,
+        service=parsed.service,
         globus=parsed.globus,
         state_dir=Path(state_dir) if state_dir is not None else _state_base(environment) / name,
         file=path,
@@ -626,6 +667,7 @@ def _allowed_beside(key: str) -> str:
         "policy": Policy,
         "policy.quota": Quota,
         "facility": _FacilityTable,
+        "service": ServiceConfig,
         "globus": GlobusConfig,
     }
     table = ".".join(part for part in key.split(".")[:-1] if not part.isdigit())

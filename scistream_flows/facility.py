@@ -12,12 +12,13 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from concurrent.futures import Executor, Future
 from concurrent.futures import TimeoutError as FutureTimeout  # one of its own before Python 3.11
+from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Final, Protocol, TypeVar
 
 from pydantic import BaseModel
 
-from scistream_flows import functions
+from scistream_flows import doorway, functions
 from scistream_flows.compute import DEADLINE_S, ComputeEndpoint
 from scistream_flows.config import load_facility
 from scistream_flows.errors import (
@@ -176,6 +177,34 @@ class LocalFacility(_Verbs):
         return said
 
 
+class SocketFacility(_Verbs):
+    """A facility on this machine, its service in another process, which knows this account by its Unix socket.
+
+    Args:
+        path: The socket.
+        facility: The facility's name.
+        deadline_s: For each verb, seconds.
+    """
+
+    def __init__(self, path: str | Path, *, facility: str, deadline_s: float = doorway.DEADLINE_S) -> None:
+        self._path = Path(path)
+        self._facility = facility
+        self._deadline_s = deadline_s
+
+    @property
+    def name(self) -> str:
+        """How it is addressed."""
+        return f"local:{self._facility}"
+
+    def close(self) -> None:
+        """There is nothing to give back: each verb has a connection of its own."""
+
+    def _answer(self, verb: str, document: str) -> dict[str, Any]:
+        return _uninterrupted(
+            lambda: doorway.ask(self._path, verb, json.loads(document), deadline_s=self._deadline_s)
+        )
+
+
 class ExecutorFacility(_Verbs):
     """A facility whose verbs run where an executor runs functions: a process pool, Parsl, Dask, Globus Compute.
 
@@ -301,9 +330,9 @@ def connect_facility(address: str) -> Facility:
     """The facility at `address`.
 
     Args:
-        address: `local:NAME`, a facility on this machine; without a configuration file of that name it is a
-            development facility, loopback only. `compute:ENDPOINT_UUID`, a facility behind an endpoint of Globus
-            Compute.
+        address: `local:NAME`, a facility on this machine, by the socket of its service where its configuration names
+            one; without a configuration file of that name it is a development facility, loopback only.
+            `compute:ENDPOINT_UUID`, a facility behind an endpoint of Globus Compute.
 
     Raises:
         BadRequest: When it is no address of a facility.
@@ -312,7 +341,10 @@ def connect_facility(address: str) -> Facility:
     """
     kind, separator, rest = address.partition(":")
     if separator and kind == "local":
-        return LocalFacility(S2CS(load_facility(rest)))
+        config = load_facility(rest)
+        if config.service.socket is not None:
+            return SocketFacility(config.service.socket, facility=config.name)
+        return LocalFacility(S2CS(config))
     if separator and kind == "compute":
         return ComputeFacility(rest)
     if re.fullmatch(r"(https?://.+|[^/\s]+:[0-9]+)", address):

@@ -4,8 +4,9 @@ One JSON document in, one out: `{"protocol", "ok": true, "value", "worker"}` or 
 "worker"}`; nothing is raised. Each may be run twice, and its answer may be lost: the verbs are idempotent, and what a
 lost `request` has opened ends by its lease. The relays that they start detach from the worker, and outlive it.
 
-These functions run as the account of the worker, which owns what it opens; the facility's configuration is the one of
-that machine.
+They run as the account of the worker, with the facility's configuration on that machine. Where it names a socket, they
+only ask the service there, which knows the account and holds everything else; otherwise they act by themselves, and the
+account owns what it opens.
 """
 
 from __future__ import annotations
@@ -18,7 +19,8 @@ from collections.abc import Mapping
 from typing import Any, Final, NamedTuple
 
 from scistream_flows import __version__
-from scistream_flows.config import load_facility
+from scistream_flows.config import FacilityConfig, load_facility
+from scistream_flows.doorway import ask
 from scistream_flows.errors import PROTOCOL, BadRequest, ScistreamError
 from scistream_flows.s2cs import S2CS, VERBS
 
@@ -73,7 +75,12 @@ def answer(verb: str, document: Mapping[str, Any], *, facility: str) -> dict[str
     try:
         _known(verb)
         # as it would come over a wire: what is no JSON is refused here too, where executors would pickle it
-        said = _service(facility).answer(verb, _text(document))
+        text = _text(document)
+        config = load_facility(facility)
+        if config.service.socket is not None:
+            said = ask(config.service.socket, verb, json.loads(text))
+        else:
+            said = _service(config).answer(verb, text)
     except ScistreamError as wrong:
         said = {"protocol": PROTOCOL, "ok": False, "error": wrong.to_document()}
     except Exception as wrong:
@@ -100,14 +107,13 @@ _services: dict[str, _Held] = {}
 _reading = threading.Lock()
 
 
-def _service(facility: str) -> S2CS:
+def _service(config: FacilityConfig) -> S2CS:
     with _reading:
-        config = load_facility(facility)
-        held = _services.get(facility)
+        held = _services.get(config.name)
         if held is None or held.written != config:
             if held is not None:
                 held.service.close()  # whoever is just using it opens again what it needs
-            held = _services[facility] = _Held(config, S2CS(config))
+            held = _services[config.name] = _Held(config, S2CS(config))
         return held.service
 
 

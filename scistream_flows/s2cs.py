@@ -83,9 +83,9 @@ GROUP_URN: Final = "urn:globus:groups:id:"
 VERBS: Final = ("request", "hello", "update", "status", "renew", "release", "list")
 
 
-def unix_owner() -> str:
-    """The owner of calls from this process: `urn:scistream:unix:UID@HOST`."""
-    return f"urn:scistream:unix:{os.geteuid()}@{socket.gethostname()}"
+def unix_owner(uid: int | None = None) -> str:
+    """The owner `urn:scistream:unix:UID@HOST` of calls from an account; by default, from this process."""
+    return f"urn:scistream:unix:{os.geteuid() if uid is None else uid}@{socket.gethostname()}"
 
 
 class S2CS:

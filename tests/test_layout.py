@@ -18,6 +18,7 @@ LIFE = (
     "route",
     "side",
     "s2cs",
+    "doorway",
     "functions",
     "compute",
     "facility",
