@@ -23,6 +23,7 @@ LIFE = (
     "compute",
     "facility",
     "stream",
+    "parsl",
     "diagnosis",
     "doctor",
 )
