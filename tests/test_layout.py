@@ -24,6 +24,7 @@ LIFE = (
     "facility",
     "stream",
     "parsl",
+    "notebook",
     "diagnosis",
     "doctor",
 )
