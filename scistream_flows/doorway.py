@@ -14,6 +14,7 @@ import os
 import pwd
 import socket
 import socketserver
+import stat
 import struct
 import sys
 import threading
@@ -72,7 +73,7 @@ def serve_socket(config: FacilityConfig) -> Iterator[Path | None]:
             path.parent.mkdir(mode=0o755, parents=True, exist_ok=True)
             _check_directory(path)
             stack.enter_context(_alone(path))
-            path.unlink(missing_ok=True)  # of a process that was killed: nobody serves it
+            _clear(path)
             server = _Server(path, stack.enter_context(S2CS(config)))
             stack.callback(path.unlink, missing_ok=True)
             stack.callback(server.server_close)
@@ -95,6 +96,14 @@ def _alone(path: Path) -> Iterator[None]:
         except BlockingIOError:
             raise _unusable(path, "is served by another process", "End that one first") from None
         yield
+
+
+def _clear(path: Path) -> None:
+    """Remove the socket of a process that was killed, and nothing else. Whoever calls has the lock."""
+    with contextlib.suppress(FileNotFoundError):
+        if not stat.S_ISSOCK(path.lstat().st_mode):
+            raise _unusable(path, "is there, and is no socket", "Name another path")
+        path.unlink()
 
 
 class _Server(socketserver.ThreadingUnixStreamServer):
@@ -226,9 +235,7 @@ def ask(
     path = Path(path)
     _check_directory(path)
     try:
-        question = (
-            json.dumps({"protocol": PROTOCOL, "verb": verb, "document": dict(document)}).encode() + b"\n"
-        )
+        question = json.dumps({"protocol": PROTOCOL, "verb": verb, "document": document}).encode() + b"\n"
     except (TypeError, ValueError) as wrong:
         raise BadRequest(f"the document is not JSON: {wrong}", which="document") from None
     until = time.monotonic() + deadline_s

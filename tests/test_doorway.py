@@ -183,6 +183,20 @@ def test_a_socket_is_served_once_and_taken_over_from_the_dead(place: Path) -> No
         assert ask(path, "list", {"protocol": 1})["ok"]
 
 
+def test_a_file_that_is_no_socket_is_left_alone(place: Path) -> None:
+    config = configured(place)
+    (place / "s2cs.sock").write_text("somebody's")
+    with pytest.raises(ConfigError, match="is no socket"), serve_socket(config):
+        pass
+    assert (place / "s2cs.sock").read_text() == "somebody's"
+
+
+def test_a_function_that_is_given_no_object_says_so(place: Path) -> None:
+    with serve_socket(configured(place)):
+        said = answer("list", ["no", "object"], facility="shared")  # type: ignore[arg-type]
+    assert said["error"]["code"] == "bad-request"
+
+
 def test_a_directory_that_is_open_to_others_is_refused_on_both_sides(place: Path) -> None:
     config = configured(place)
     with serve_socket(config) as path:
