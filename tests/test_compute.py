@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import gc
 import hashlib
-import json
 import os
 import signal
 import subprocess
@@ -39,7 +38,6 @@ from scistream_flows.compute import ComputeEndpoint, _json_only, close_client, o
 from scistream_flows.config import load_facility
 from scistream_flows.errors import MissingExtra, Unauthenticated
 from scistream_flows.facility import ComputeFacility
-from scistream_flows.functions import source
 from scistream_flows.models import Release, Request, StatusQuery
 
 # The SDK leaves a pair of sockets, by which pika wakes its loop, to the garbage collector.
@@ -425,41 +423,3 @@ def test_functions_that_are_no_verbs_or_have_no_uuid_are_refused() -> None:
         ComputeEndpoint(str(uuid.uuid4()), functions={"paint": str(uuid.uuid4())})
     with pytest.raises(BadRequest, match="not the UUID of the function of list"):
         ComputeEndpoint(str(uuid.uuid4()), functions={"list": "8a5b"})
-
-
-def other_pythons() -> list[str]:
-    """The interpreters of other versions on this machine."""
-    places = [*Path("~/.pyenv/versions").expanduser().glob("*/bin")]
-    places += [Path(one) for one in os.environ.get("PATH", "").split(os.pathsep)]
-    found: dict[str, str] = {}
-    for place in places:
-        for minor in range(10, 20):
-            if minor != sys.version_info[1] and os.access(one := place / f"python3.{minor}", os.X_OK):
-                found.setdefault(f"3.{minor}", str(one))
-    return sorted(found.values())
-
-
-def test_what_is_registered_runs_under_other_versions_of_python() -> None:
-    """As text; packed by the real serializer here, and unpacked there by hand: the SDK is not installed there."""
-    from globus_compute_sdk.serialize import ComputeSerializer, JSONData, PureSourceTextInspect
-
-    ran = 0
-    serializer = ComputeSerializer(strategy_code=PureSourceTextInspect, strategy_data=JSONData)
-    document = serializer.serialize({"protocol": 1, "uid": "s"}).removeprefix(JSONData.identifier)
-    program = (
-        "import json, sys\n" + source("list", facility="aps") + "\n"
-        "print(json.dumps([sys.version_info[:2], scistream_list(json.loads(sys.argv[1]))]))"
-    )
-    for python in other_pythons():
-        done = subprocess.run(
-            [python, "-I", "-c", program, document], capture_output=True, text=True, timeout=60
-        )
-        if done.returncode and "Error" not in done.stderr:  # a shim that leads to no interpreter
-            continue
-        version, said = json.loads(done.stdout)
-        assert version != list(sys.version_info[:2])
-        assert said["error"]["code"] == "missing-extra"
-        assert serializer.deserialize(serializer.serialize(said)) == said
-        ran += 1
-    if not ran:
-        pytest.skip("no other version of Python is on this machine")
