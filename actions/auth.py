@@ -13,7 +13,6 @@ import os
 import queue
 import re
 import secrets
-import stat
 import threading
 import time
 from collections import OrderedDict
@@ -28,6 +27,7 @@ from uuid import UUID
 from scistream_flows.config import EVERYBODY, FacilityConfig
 from scistream_flows.errors import AuthUnavailable, ConfigError, MissingExtra, PolicyDenied, Unauthenticated
 from scistream_flows.s2cs import unix_owner
+from scistream_flows.tokens import LONGEST_TOKEN, development_token, read_secret
 
 if TYPE_CHECKING:
     from globus_sdk import ConfidentialAppAuthClient, GlobusAPIError
@@ -47,9 +47,6 @@ GROUPS_S: Final = 60.0
 
 HTTP_TIMEOUT_S: Final = 4.0
 """How long to wait for Globus, seconds: for a connection, and again for an answer."""
-
-LONGEST_TOKEN: Final = 2048
-"""Characters of a bearer token, at most. Those of Globus have fewer than a hundred."""
 
 SECRET_VARIABLE: Final = "SCISTREAM_GLOBUS_CLIENT_SECRET"  # noqa: S105 - the name of a variable
 
@@ -298,33 +295,6 @@ def _challenge(scope: str, error: str | None) -> str:
     return "Bearer " + ", ".join(f'{name}="{value}"' for name, value in values.items())
 
 
-def read_secret(path: Path, *, key: str) -> str:
-    """The one line of a file that nobody else may read.
-
-    Raises:
-        ConfigError: When it cannot be read, is empty, or is open to others. What it holds is in no message.
-    """
-
-    def unusable(what: str, hint: str) -> ConfigError:
-        return ConfigError(f"{path} {what}", which=str(path), hint=hint, file=str(path), key=key)
-
-    try:
-        # not blocking: a FIFO at this place is refused, not waited for
-        with os.fdopen(os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC), "rb") as file:
-            about = os.fstat(file.fileno())
-            if not stat.S_ISREG(about.st_mode):
-                raise unusable("is not a file", "Give a file with the secret in it")
-            if about.st_uid not in (os.geteuid(), 0) or about.st_mode & 0o077:
-                raise unusable("is not a file of this user alone", f"chown it to this user; chmod 600 {path}")
-            content = file.read(LONGEST_TOKEN + 1)
-    except OSError as wrong:
-        raise unusable(f"cannot be read: {wrong.strerror}", "Look at the file and its folder") from None
-    secret = content.decode("ascii", errors="replace").strip()
-    if not secret or len(content) > LONGEST_TOKEN or not secret.isprintable() or not secret.isascii():
-        raise unusable("does not hold one line of text", "Put the secret in it, and nothing else")
-    return secret
-
-
 class DevelopmentToken:
     """One token in a file of the facility's state directory, for the Unix user who runs it.
 
@@ -353,7 +323,7 @@ class DevelopmentToken:
     @staticmethod
     def path(state_dir: Path) -> Path:
         """Where the token of the facility with this state directory is."""
-        return state_dir / "token"
+        return development_token(state_dir)
 
     @classmethod
     def read(cls, state_dir: Path) -> str:

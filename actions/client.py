@@ -7,38 +7,20 @@ for ever, or fill our memory.
 from __future__ import annotations
 
 import json
-import re
 import time
 from collections.abc import Callable
-from http.cookiejar import DefaultCookiePolicy
-from ipaddress import ip_address
-from typing import Final, TypeAlias
-from urllib.parse import urlsplit
+from typing import Final
 
 import requests
 
-from scistream_flows.errors import ScistreamError
+from scistream_flows.errors import BadRequest, Unauthenticated
+from scistream_flows.web import ANSWER_TIMEOUT_S, Authorizer, NoAnswer, Reply, ask, token_for, without
 
 from .expressions import Json, StateError, not_too_deep, parse_json
 
-LARGEST_ANSWER_BYTES: Final = 1 << 20
-CONNECT_TIMEOUT_S: Final = 10.0
-ANSWER_TIMEOUT_S: Final = 30.0
 TRIES: Final = 5
 FIRST_RETRY_S: Final = 0.2
 LONGEST_RETRY_S: Final = 5.0
-
-Authorizer: TypeAlias = Callable[[str], "str | None"]
-"""From the address of an action provider to the bearer token pinned for it, None for no token. Called before each
-request, so it may renew. The address decides, never a scope that the definition names: a definition must not be able to
-send somebody's token elsewhere."""
-
-
-def new_session() -> requests.Session:
-    """Connections that are kept between requests. No cookies: they ignore ports, and would reach other providers."""
-    session = requests.Session()
-    session.cookies.set_policy(DefaultCookiePolicy(allowed_domains=[]))
-    return session
 
 
 def in_words(cause: Json) -> str:
@@ -63,51 +45,15 @@ class Answer:
         elsewhere: Where it redirects to, None if it does not.
     """
 
-    def __init__(self, response: requests.Response, content: bytes, token: str | None) -> None:
-        self.status = response.status_code
-        after = response.headers.get("Retry-After", "")
-        self.pause_s = float(after) if after.isdecimal() else 0.0
-        redirects = 300 <= self.status < 400
-        place = response.headers.get("Location", "another address")
-        self.elsewhere = _without(token, place) if redirects else None
-        text = content.decode(errors="replace")
+    def __init__(self, reply: Reply, token: str | None) -> None:
+        self.status = reply.status
+        self.pause_s = reply.pause_s
+        self.elsewhere = without(token, reply.elsewhere)
+        text = reply.content.decode(errors="replace")
         try:
-            self.document: Json = _without(token, not_too_deep(parse_json(text)))
+            self.document: Json = without(token, not_too_deep(parse_json(text)))
         except (ValueError, RecursionError):
-            self.document = _without(token, {"description": f"HTTP {self.status}: {text[:200]}"})
-
-
-def _without(token: str | None, value: Json) -> Json:
-    """`value` without the token: no provider should send it back, but none can make us log it."""
-    if isinstance(value, list):
-        return [_without(token, one) for one in value]
-    if isinstance(value, dict):
-        return {_without(token, key): _without(token, one) for key, one in value.items()}
-    return value.replace(token, "***") if token and isinstance(value, str) else value
-
-
-class _Bearer(requests.auth.AuthBase):
-    """The token of a request. Given in any case, because requests would else look for one in ~/.netrc."""
-
-    def __init__(self, token: str | None) -> None:
-        self._token = token
-
-    def __call__(self, request: requests.PreparedRequest) -> requests.PreparedRequest:
-        if self._token is not None:
-            request.headers["Authorization"] = f"Bearer {self._token}"
-        return request
-
-
-class NoAnswer(Exception):
-    """A request got no usable answer; the words say why.
-
-    Attributes:
-        may_have_arrived: Whether the provider may have seen it.
-    """
-
-    def __init__(self, words: str, *, may_have_arrived: bool) -> None:
-        super().__init__(words)
-        self.may_have_arrived = may_have_arrived
+            self.document = without(token, {"description": f"HTTP {self.status}: {text[:200]}"})
 
 
 class Provider:
@@ -182,78 +128,17 @@ class Provider:
             pause_s = max(pause_s, min(answer.pause_s, LONGEST_RETRY_S))
         raise NoAnswer(f"{method} {self.url}{path}: {words}", may_have_arrived=self.owes_an_answer)
 
-    def _token(self) -> str | None:
-        """The token for this provider, if it may be sent there."""
-        try:
-            token = self._authorizer(self.url)
-        except ScistreamError as error:
-            raise StateError("NoTokenException", f"there is no token for {self.url}: {error}") from None
-        if token is not None and not re.fullmatch("[!-~]+", token):
-            raise StateError("NoTokenException", f"what is kept as the token for {self.url} is none")
-        if token is not None and urlsplit(self.url).scheme != "https" and not _is_here(self.url):
-            raise StateError(
-                "ActionUnableToRun",
-                f"{self.url}: a token is not sent over plain http to another machine; use https",
-            )
-        return token
-
     def _once(self, method: str, path: str, body: Json, answer_timeout_s: float) -> Answer:
-        token = self._token()
-        self.owes_an_answer = True
         try:
-            with self._session.request(
-                method,
-                self.url + path,
-                json=body,
-                auth=_Bearer(token),
-                timeout=(CONNECT_TIMEOUT_S, answer_timeout_s),
-                # no proxy is asked to reach this machine, and so none sees the token of a development facility
-                proxies={"http": None, "https": None, "all": None} if _is_here(self.url) else None,  # type: ignore[dict-item]
-                allow_redirects=False,
-                stream=True,
-            ) as response:
-                return Answer(response, _bounded(response, answer_timeout_s), token)
-        except (requests.RequestException, OSError) as error:
-            never_sent = isinstance(
-                error, requests.exceptions.ConnectTimeout
-            ) or "NewConnectionError" in repr(error)
-            raise NoAnswer(_plain(error), may_have_arrived=not never_sent) from None
-
-
-def _bounded(response: requests.Response, timeout_s: float) -> bytes:
-    """The body of an answer, which may be neither endless nor endlessly slow."""
-    deadline = time.monotonic() + timeout_s
-    content = bytearray()
-    for part in response.iter_content(16_384):
-        content += part
-        if len(content) > LARGEST_ANSWER_BYTES:
-            raise requests.RequestException(f"the answer has more than {LARGEST_ANSWER_BYTES} bytes")
-        if time.monotonic() > deadline:
-            raise requests.RequestException(f"the answer is not whole after {timeout_s:g} s")
-    return bytes(content)
-
-
-def _plain(error: BaseException) -> str:
-    """Why a request failed, in the words of the system: requests and urllib3 wrap them several times."""
-    words = str(error)
-    cause: BaseException | None = error
-    while cause is not None:
-        if isinstance(cause, OSError) and cause.errno is not None and cause.strerror:
-            return cause.strerror
-        words = str(cause) or words
-        cause = cause.__cause__ or cause.__context__
-    return words
-
-
-def _is_here(url: str) -> bool:
-    """Whether an address is of this machine itself."""
-    host = urlsplit(url).hostname or ""
-    if "\\" in url or "@" in urlsplit(url).netloc:  # read in more than one way
-        return False
-    try:
-        return ip_address(host).is_loopback
-    except ValueError:
-        return host == "localhost"
+            token = token_for(self.url, self._authorizer)
+        except Unauthenticated as error:
+            raise StateError("NoTokenException", error.message) from None
+        except BadRequest as error:
+            raise StateError("ActionUnableToRun", error.message) from None
+        self.owes_an_answer = True
+        url = self.url + path
+        reply = ask(self._session, method, url, token=token, body=body, answer_timeout_s=answer_timeout_s)
+        return Answer(reply, token)
 
 
 def action_of(answer: Answer, provider: Provider, error: str) -> dict[str, Json]:

@@ -28,8 +28,8 @@ from scistream_flows.errors import (
     Unauthenticated,
 )
 from scistream_flows.models import ip_of
+from scistream_flows.tokens import read_secret
 
-from .auth import read_secret
 from .render import FlowDocument, validate
 
 if TYPE_CHECKING:

@@ -25,10 +25,10 @@ from rich.text import Text
 
 from scistream_flows import __version__
 from scistream_flows.errors import BadRequest, MissingExtra
+from scistream_flows.tokens import Tokens
 
 from .console import CANCELLED, SETTINGS, plain, put, put_document, say, show_debugging
 from .console import run as run_command
-from .tokens import Tokens
 
 if TYPE_CHECKING:
     from .render import FlowDocument

@@ -20,18 +20,15 @@ import jsonschema
 import referencing
 
 from scistream_flows.errors import BadRequest, ScistreamError
+from scistream_flows.web import ANSWER_TIMEOUT_S, Authorizer, NoAnswer, new_session
 
 from .choices import holds, is_number, timestamp
 from .client import (
-    ANSWER_TIMEOUT_S,
     TRIES,
-    Authorizer,
-    NoAnswer,
     Provider,
     action_of,
     in_words,
     is_over,
-    new_session,
     status_of,
 )
 from .expressions import (

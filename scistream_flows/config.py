@@ -532,7 +532,7 @@ def load_facility(
             hint="Use letters, digits, '_', '-' and '.', 64 at most, the first a letter or digit",
         )
     path = Path(file) if file is not None else _find_file(name, environment)
-    tables = _read_toml(path) if path is not None else _development(name)
+    tables = read_toml(path) if path is not None else _development(name)
     where = str(path) if path is not None else "the development facility"
     sources = _override(tables, port_range, environment)
     parsed = _parse(tables, where, sources)
@@ -583,7 +583,7 @@ def _find_file(name: str, environment: Mapping[str, str]) -> Path | None:
             return folder / f"{name}.toml"
         shared = folder / "facility.toml"
         if _is_file(shared):
-            facility = _read_toml(shared).get("facility")
+            facility = read_toml(shared).get("facility")
             if isinstance(facility, dict) and facility.get("name") == name:
                 return shared
     return None
@@ -601,7 +601,12 @@ def _is_file(path: Path) -> bool:
         ) from None
 
 
-def _read_toml(path: Path) -> dict[str, Any]:
+def read_toml(path: Path) -> dict[str, Any]:
+    """The tables of a file.
+
+    Raises:
+        ConfigError: It cannot be read, or is not TOML.
+    """
     try:
         tables: dict[str, Any] = tomllib.loads(path.read_text(encoding="utf-8"))
     except OSError as wrong:

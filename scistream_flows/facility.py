@@ -24,7 +24,6 @@ from scistream_flows.config import load_facility
 from scistream_flows.errors import (
     BadRequest,
     FacilityUnreachable,
-    NotSupported,
     error_from_document,
 )
 from scistream_flows.models import (
@@ -47,8 +46,11 @@ if TYPE_CHECKING:
     from globus_compute_sdk import Client
     from typing_extensions import Self
 
+    from scistream_flows.web import Authorizer
+
 _ADDRESSES: Final = (
-    "Use local:NAME, a facility on this machine, or compute:ENDPOINT_UUID, one behind Globus Compute"
+    "Use https://HOST, where its s2cs serves, compute:ENDPOINT_UUID, behind Globus Compute, or local:NAME, on this"
+    " machine"
 )
 
 A = TypeVar("A", bound=BaseModel)
@@ -296,6 +298,49 @@ class ComputeFacility(_Verbs):
         return self._endpoint.answer(verb, json.loads(document))
 
 
+class RestFacility(_Verbs):
+    """A facility whose `s2cs` serves at an address of its own.
+
+    Args:
+        address: `https://HOST[:PORT][/PATH]`, or `HOST:PORT`: HTTPS except on this machine's loopback.
+        authorizer: From an address to the bearer token for it, asked before each request. By default the tokens that
+            `tokens.toml` pins, and those of the caller's own development facilities.
+        ca_file: Certificates of authorities to trust, PEM; by default those of `$REQUESTS_CA_BUNDLE`, or of certifi.
+        deadline_s: For each verb, seconds.
+
+    Raises:
+        BadRequest: `address` is none, or plain HTTP to another machine.
+        ConfigError: `tokens.toml` cannot be used.
+    """
+
+    def __init__(
+        self,
+        address: str,
+        *,
+        authorizer: Authorizer | None = None,
+        ca_file: str | None = None,
+        deadline_s: float = 60.0,
+    ) -> None:
+        from scistream_flows.rest import RestService  # loads requests
+        from scistream_flows.tokens import Tokens
+
+        self._rest = RestService(
+            address, authorizer=authorizer or Tokens(), ca_file=ca_file, deadline_s=deadline_s
+        )
+
+    @property
+    def name(self) -> str:
+        """How it is addressed."""
+        return self._rest.url
+
+    def close(self) -> None:
+        """Give back the connections. Streams live on."""
+        self._rest.close()
+
+    def _answer(self, verb: str, document: str) -> dict[str, Any]:
+        return self._rest.answer(verb, json.loads(document))
+
+
 def _uninterrupted(call: Callable[[], T]) -> T:
     """What `call` answers. Ctrl-C is raised here after it has come to its end, not in the middle of it.
 
@@ -332,12 +377,13 @@ def connect_facility(address: str) -> Facility:
     Args:
         address: `local:NAME`, a facility on this machine, by the socket of its service where its configuration names
             one; without a configuration file of that name it is a development facility, loopback only.
-            `compute:ENDPOINT_UUID`, a facility behind an endpoint of Globus Compute.
+            `compute:ENDPOINT_UUID`, a facility behind an endpoint of Globus Compute. `https://HOST[:PORT][/PATH]` or
+            `HOST:PORT`, one whose `s2cs` serves there; without `https://` it is plain HTTP on loopback, and nowhere
+            else.
 
     Raises:
         BadRequest: When it is no address of a facility.
-        NotSupported: For `https://…` and `host:port`.
-        ConfigError: When the facility's configuration is wrong.
+        ConfigError: When the facility's configuration, or the user's `tokens.toml`, is wrong.
     """
     kind, separator, rest = address.partition(":")
     if separator and kind == "local":
@@ -347,12 +393,8 @@ def connect_facility(address: str) -> Facility:
         return LocalFacility(S2CS(config))
     if separator and kind == "compute":
         return ComputeFacility(rest)
-    if re.fullmatch(r"(https?://.+|[^/\s]+:[0-9]+)", address):
-        raise NotSupported(
-            f"{address!r}: facilities over the network are not in this version",
-            which=address,
-            hint=_ADDRESSES,
-        )
+    if re.fullmatch(r"https?://.+|[^/]+:[0-9]+", address):
+        return RestFacility(address)
     raise BadRequest(
         f"{address!r} is not the address of a facility",
         which=address,

@@ -1,14 +1,18 @@
-"""The example examples/microscope: two endpoints of Globus Compute in one stream, under a stand-in for its service."""
+"""The example examples/microscope: an endpoint of Globus Compute and another facility in one stream.
+
+The endpoints are real, their service is a stand-in.
+"""
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import json
 import os
 import subprocess
 import sys
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -16,6 +20,7 @@ import pytest
 pytest.importorskip("globus_compute_sdk", reason="not installed: the extra compute")
 pytest.importorskip("globus_compute_endpoint", reason="not installed: globus-compute-endpoint")
 
+from serving import serving
 from standins.compute_cloud import ComputeCloud, Endpoint
 
 from scistream_flows.actions.endpoint import set_up
@@ -30,35 +35,49 @@ pytestmark = [
 ]
 
 
-def test_a_microscope_streams_between_two_endpoints(
-    state_base: Path,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    relays_below: Callable[..., list[int]],
-) -> None:
+@pytest.fixture
+def cloud(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[ComputeCloud]:
+    """The stand-in for Globus Compute, in the environment of the SDK."""
     with ComputeCloud() as cloud:
         for name, value in cloud.environment.items():
             monkeypatch.setenv(name, value)
         monkeypatch.setenv("GLOBUS_COMPUTE_USER_DIR", str(tmp_path / "client"))
-        endpoints = []
-        for facility in ("aps", "alcf"):
-            endpoint = Endpoint(tmp_path / "endpoints" / facility, cloud)
-            set_up(endpoint.directory, facility=load_facility(facility), email="admin@example.org")
-            endpoints.append(endpoint)
-        with endpoints[0], endpoints[1]:
-            addresses = [f"compute:{one.id}" for one in endpoints]
-            done = subprocess.run(
-                [sys.executable, SCRIPT, *addresses, "--seconds", "1"],
-                env=dict(os.environ),
-                capture_output=True,
-                text=True,
-                timeout=150,
-            )
-            assert done.returncode == 0, done.stderr
-            said = json.loads(done.stdout)
+        yield cloud
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", ResourceWarning)
         gc.collect()
+
+
+@pytest.mark.parametrize("consumer", ["another endpoint", "an action provider"])
+def test_a_microscope_streams_from_an_endpoint_to(
+    consumer: str,
+    cloud: ComputeCloud,
+    state_base: Path,
+    tmp_path: Path,
+    relays_below: Callable[..., list[int]],
+) -> None:
+    with contextlib.ExitStack() as facilities:
+
+        def endpoint(facility: str) -> str:
+            made = Endpoint(tmp_path / "endpoints" / facility, cloud)
+            set_up(made.directory, facility=load_facility(facility), email="admin@example.org")
+            facilities.enter_context(made)
+            return f"compute:{made.id}"
+
+        addresses = [endpoint("aps")]
+        if consumer == "another endpoint":
+            addresses.append(endpoint("alcf"))
+        else:
+            addresses.append(facilities.enter_context(serving(state_base, "alcf", development=True)).url)
+        done = subprocess.run(
+            [sys.executable, SCRIPT, *addresses, "--seconds", "1"],
+            env=dict(os.environ),
+            capture_output=True,
+            text=True,
+            timeout=150,
+        )
+        assert done.returncode == 0, done.stderr
+        said = json.loads(done.stdout)
     assert said["verified"] == said["frames"] > 0
     assert said["producer_relay_bytes"] >= said["payload_bytes"] >= 1e8
     assert said["consumer_relay_bytes"] >= said["payload_bytes"]

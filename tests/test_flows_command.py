@@ -22,11 +22,10 @@ from serving import Served, serving
 from standins.actions import Action, ActionServer, Behaviour
 
 from scistream_flows.actions import flows as command
-from scistream_flows.actions import tokens as pinned
 from scistream_flows.actions.auth import DevelopmentToken
 from scistream_flows.actions.render import KINDS, VERBS, render, validate
-from scistream_flows.actions.tokens import Tokens
 from scistream_flows.errors import BadRequest, ConfigError
+from scistream_flows.tokens import Tokens
 
 PAIR = ("--producer", "https://aps.example.org", "--consumer", "https://alcf.example.org")
 PROGRAM = "from scistream_flows.actions.flows import main; main()"
@@ -503,7 +502,7 @@ def test_a_development_token_goes_to_a_program_of_the_same_user_only(
     with impostor() as url:
         assert Tokens([])(f"{url}/actions/start") == DevelopmentToken.read(state_base / "aps")
         own = os.geteuid()
-        monkeypatch.setattr(pinned.os, "geteuid", lambda: own + 1)
+        monkeypatch.setattr(os, "geteuid", lambda: own + 1)
         assert Tokens([], tell=said.append)(f"{url}/actions/start") is None
     assert "not run by this user" in said[0]
 
@@ -518,7 +517,7 @@ def test_what_is_no_development_facility_gets_no_token(state_base: Path, scope: 
         assert tokens(f"{url}/actions/start") is None
         assert tokens(f"{url}/actions/connect") is None
     assert len(said) == 1
-    assert "pin one with --token" in said[0]
+    assert "pin one in tokens.toml" in said[0]
 
 
 def test_no_token_is_looked_for_beyond_this_machine_or_where_nobody_listens(free_address: str) -> None:

@@ -21,6 +21,9 @@ LIFE = (
     "doorway",
     "functions",
     "compute",
+    "tokens",
+    "web",
+    "rest",
     "facility",
     "stream",
     "parsl",
@@ -51,7 +54,6 @@ ACTIONS = (
     "client",
     "runner",
     "render",
-    "tokens",
     "deploy",
     "flows",
 )

@@ -19,6 +19,7 @@ from standins.compute import Compute
 from scistream_flows.actions import client, language, runner
 from scistream_flows.actions.runner import Polling, Run
 from scistream_flows.errors import BadRequest, NotFound, ScistreamError
+from scistream_flows.web import LARGEST_ANSWER_BYTES
 
 QUICK = Polling(first_s=0.5, longest_s=2, scale=0.02)
 TOKEN = "token-of-the-producer"
@@ -498,7 +499,7 @@ def test_what_is_no_action_provider_is_told_from_one(provider: ActionServer, rep
 
 
 def test_an_endless_answer_is_not_read_to_its_end(provider: ActionServer) -> None:
-    provider.next.extend([Reply(200, text="x" * (client.LARGEST_ANSWER_BYTES + 1))] * client.TRIES)
+    provider.next.extend([Reply(200, text="x" * (LARGEST_ANSWER_BYTES + 1))] * client.TRIES)
     run = go(flow(Start=action(provider)))
     assert run.error == "ActionUnableToRun"
     assert "more than 1048576 bytes" in run.cause

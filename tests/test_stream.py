@@ -24,7 +24,6 @@ import pytest
 
 from scistream_flows import (
     BadRequest,
-    NotSupported,
     PolicyDenied,
     ScistreamError,
     StreamFailed,
@@ -309,12 +308,9 @@ def test_wrong_arguments_are_bad_requests(options: dict[str, Any], words: str) -
         open_stream("local:aps", "local:alcf", **({"targets": ["127.0.0.1:9"]} | options))
 
 
-@pytest.mark.parametrize("address", ["https://s2cs.aps.anl.gov", "s2cs.aps.anl.gov:5000"])
-def test_facilities_far_away_are_not_in_this_version(address: str, nothing_left: Callable[[], None]) -> None:
-    with pytest.raises(NotSupported, match="not in this version"):
-        open_stream("local:aps", address, targets=["127.0.0.1:9"])
+def test_what_is_no_address_of_a_facility_is_refused(nothing_left: Callable[[], None]) -> None:
     with pytest.raises(BadRequest, match="not the address of a facility"):
-        connect_facility("aps")
+        open_stream("local:aps", "alcf", targets=["127.0.0.1:9"])
     nothing_left()
 
 

@@ -12,8 +12,8 @@ from scistream_flows import Facility, NotFound, ScistreamError, connect_facility
 from scistream_flows.actions import runner
 from scistream_flows.actions.language import Definition
 from scistream_flows.actions.render import render
-from scistream_flows.actions.tokens import Tokens
 from scistream_flows.models import Mode, Release, Role, Status, StatusQuery
+from scistream_flows.tokens import Tokens
 
 SLICE_S = 5
 READY_TIMEOUT_S = 60

@@ -26,11 +26,11 @@ from typing import IO, Any, NoReturn
 from scistream_flows.actions.language import Definition
 from scistream_flows.actions.render import render
 from scistream_flows.actions.runner import run
-from scistream_flows.actions.tokens import Tokens
 from scistream_flows.config import load_facility
 from scistream_flows.errors import ScistreamError
 from scistream_flows.models import ListQuery, Release
 from scistream_flows.s2cs import S2CS
+from scistream_flows.tokens import Tokens
 
 HERE = Path(__file__).resolve().parent
 FACILITIES = ("aps", "alcf")

@@ -1,11 +1,15 @@
 """A microscope at one facility, the analysis at another, the stream set up by Globus Compute functions.
 
     python examples/microscope/over_compute.py compute:ENDPOINT_UUID compute:ENDPOINT_UUID
+    python examples/microscope/over_compute.py compute:ENDPOINT_UUID https://scistream.alcf.example.org
 
 Nobody reaches the gateways of the two facilities from here; their endpoints do (docs/compute.md). The functions start
-the relays and are done; the frames go from relay to relay and see nothing of Globus. Microscope and analysis are the
-programs of the demo: one serves frames over ZeroMQ, the other compares each with the image on disk and counts nuclei.
-Both run on this machine, so the facilities must be able to reach it; with `local:aps local:alcf` they are here, too.
+the relays and are done; the frames go from relay to relay and see nothing of Globus. The second line has a consumer's
+facility whose service, the same that is its action provider for Globus Flows, answers at an address of its own.
+
+Microscope and analysis are the programs of the demo: one serves frames over ZeroMQ, the other compares each with the
+image on disk and counts nuclei. Both run on this machine, so the facilities must be able to reach it; with
+`local:aps local:alcf` they are here, too.
 """
 
 from __future__ import annotations
