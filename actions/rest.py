@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Annotated, Final, Literal, TypeVar
 
@@ -13,6 +14,7 @@ from starlette.requests import HTTPConnection
 
 from scistream_flows.errors import PROTOCOL, Busy
 from scistream_flows.models import (
+    DAY_S,
     UID_PATTERN,
     URN_PATTERN,
     Hello,
@@ -32,6 +34,9 @@ from scistream_flows.models import (
     StatusQuery,
     Target,
     Targets,
+    Ticket,
+    TicketHello,
+    TicketRequest,
     Update,
     read,
 )
@@ -43,6 +48,9 @@ from .provider import ERRORS, Authorization, proof
 
 AT_ONCE: Final = 24
 """Verbs at a time: a gateway that hangs must not take all threads from the actions."""
+
+TICKETS_AT_ONCE: Final = 8
+"""Hellos by ticket at a time: whoever has none can keep at most so many threads."""
 
 Uid = Annotated[str, Path(pattern=UID_PATTERN, description="The name of the stream")]
 Side = Annotated[Role, Path(description="PROD beside the application that listens, CONS beside the other")]
@@ -77,6 +85,13 @@ class Arrival(_Body):
     consumers: Networks = []
 
 
+class Wish(_Body):
+    """Where and how long the ticket is to count: within the networks of the policy, and an hour, if nothing is said."""
+
+    networks: Networks = []
+    expires_s: Annotated[int, Field(ge=1, le=30 * DAY_S)] | None = None
+
+
 class Extension(_Body):
     """Renew by the seconds of the request, or by `lease_s`."""
 
@@ -106,21 +121,47 @@ class _Asking:
         facility = self._service.config
         withheld = may_withhold_groups(facility, opens=isinstance(document, Request))
         identity = identify(self._auth, authorization, groups=groups, withheld=withheld)
-        name = facility.name
-        if not self._places.acquire(timeout=1):
-            raise Busy(
-                f"facility {name} is doing {AT_ONCE} requests already",
-                which=name,
-                hint="Try again in a moment; if it lasts, look for a gateway that hangs",
-            )
-        try:
+        with _place(self._places, facility.name, AT_ONCE):
             return verb(document, owner=identity.urns)
-        finally:
-            self._places.release()
 
 
-def routes(service: S2CS, *, auth: Authenticator) -> APIRouter:
-    """The routes of a facility's streams."""
+@contextlib.contextmanager
+def _place(places: threading.BoundedSemaphore, facility: str, at_once: int) -> Iterator[None]:
+    if not places.acquire(timeout=1):
+        raise Busy(
+            f"facility {facility} is doing {at_once} requests already",
+            which=facility,
+            hint="Try again in a moment; if it lasts, look for a gateway that hangs",
+        )
+    try:
+        yield
+    finally:
+        places.release()
+
+
+def routes(service: S2CS, *, auth: Authenticator, base_url: str) -> APIRouter:
+    """The routes of a facility's streams, which is reached at `base_url` unless its configuration says where."""
+    everything = APIRouter()
+    everything.include_router(_streams(service, auth=auth, base_url=base_url))
+    everything.include_router(_tickets(service))
+    return everything
+
+
+def _tickets(service: S2CS) -> APIRouter:
+    """What is asked for with a ticket, and no other proof."""
+    router = APIRouter(tags=["tickets"], responses=ERRORS)
+    places = threading.BoundedSemaphore(TICKETS_AT_ONCE)
+
+    @router.post("/hello", operation_id="hello_by_ticket", response_model_exclude_none=True)
+    def hello_by_ticket(hello: TicketHello, http: HTTPConnection) -> Offer:
+        """The application says where it is: at PROD its targets, at CONS the address that it calls from."""
+        with _place(places, service.config.name, TICKETS_AT_ONCE):
+            return service.hello_by_ticket(hello, caller_address=http.client.host if http.client else "")
+
+    return router
+
+
+def _streams(service: S2CS, *, auth: Authenticator, base_url: str) -> APIRouter:
     router = APIRouter(prefix="/streams", tags=["streams"], responses=ERRORS, dependencies=proof(auth))
     as_caller = _Asking(service, auth)
 
@@ -163,6 +204,18 @@ def routes(service: S2CS, *, auth: Authenticator) -> APIRouter:
         from_here = http.client.host if http.client and role == "CONS" and not arrival.consumers else None
         say = partial(service.hello, caller_address=from_here)
         return as_caller(authorization, say, _document(Hello, uid, role, owner, arrival))
+
+    @router.post("/{uid}/{role}/ticket", operation_id="ticket_of_stream", response_model_exclude_none=True)
+    def ticket(
+        uid: Uid,
+        role: Side,
+        authorization: Authorization,
+        wish: Wish = Wish(),  # noqa: B008 - frozen
+        owner: Owner = None,
+    ) -> Ticket:
+        """A ticket for one hello, for an application whose node is not known before, and has no token."""
+        made = as_caller(authorization, service.ticket, _document(TicketRequest, uid, role, owner, wish))
+        return made if made.url else made.model_copy(update={"url": base_url})
 
     @router.post("/{uid}/{role}/renew", operation_id="renew_stream", response_model_exclude_none=True)
     def renew(

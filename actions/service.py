@@ -88,7 +88,7 @@ def build(
     app.add_middleware(Doorkeeper, hosts=hosts)
     for operation in OPERATIONS:
         app.include_router(provider.routes(operation, lifecycle=lifecycle, facility=service.config))
-    app.include_router(rest.routes(service, auth=auth))
+    app.include_router(rest.routes(service, auth=auth, base_url=base_url))
 
     @app.get("/health", tags=["health"], operation_id="health")
     async def health() -> dict[str, str]:

@@ -30,6 +30,7 @@ from scistream_flows.errors import (
 
 if TYPE_CHECKING:
     from scistream_flows.facility import Facility, connect_facility
+    from scistream_flows.hello import say_hello
     from scistream_flows.s2cs import S2CS
     from scistream_flows.stream import Stream, StreamEnd, StreamStatus, aopen_stream, open_stream
 
@@ -59,6 +60,7 @@ __all__ = [
     "aopen_stream",
     "connect_facility",
     "open_stream",
+    "say_hello",
 ]
 
 _HOME = {
@@ -70,6 +72,7 @@ _HOME = {
     "StreamStatus": "stream",
     "aopen_stream": "stream",
     "open_stream": "stream",
+    "say_hello": "hello",
 }
 
 

@@ -37,6 +37,8 @@ from scistream_flows.models import (
     Request,
     Status,
     StatusQuery,
+    Ticket,
+    TicketRequest,
     Update,
     read,
 )
@@ -71,6 +73,10 @@ class Facility(Protocol):
 
     def hello(self, document: Hello) -> Offer:
         """Say where the application is."""
+        ...
+
+    def ticket(self, document: TicketRequest) -> Ticket:
+        """A ticket for one hello."""
         ...
 
     def update(self, document: Update) -> Status:
@@ -121,6 +127,10 @@ class _Verbs(ABC):
     def hello(self, document: Hello) -> Offer:
         """Say where the application is."""
         return self._ask("hello", document, Offer)
+
+    def ticket(self, document: TicketRequest) -> Ticket:
+        """A ticket for one hello."""
+        return self._ask("ticket", document, Ticket)
 
     def update(self, document: Update) -> Status:
         """Change a running side."""

@@ -137,6 +137,7 @@ Urns: TypeAlias = Annotated[list[Urn], Field(max_length=256), AfterValidator(_in
 Targets: TypeAlias = Annotated[list[Target], Field(max_length=256)]
 Networks: TypeAlias = Annotated[list[Network], Field(max_length=1024)]
 LeaseS: TypeAlias = Annotated[int, Field(ge=1, le=30 * DAY_S)]
+TicketText: TypeAlias = Annotated[str, StringConstraints(pattern=r"^sst_[A-Za-z0-9_-]{43}$")]
 RateMbits: TypeAlias = Annotated[int, Field(ge=0, le=10_000_000)]
 
 
@@ -199,6 +200,21 @@ class Offer(_Answered):
         """The listeners of all relays, `ip:port`, in the order of their index; one address for each."""
         listeners = [listener for relay in self.relays for listener in relay.listeners]
         return [listener.address for listener in sorted(listeners, key=lambda one: one.index)]
+
+
+class Ticket(_Answered):
+    """A ticket, which is a secret: whoever has it may say hello, once, within its networks.
+
+    `url` is where, None when the facility does not know under which address it is reached.
+    """
+
+    ticket: TicketText = Field(repr=False)
+    facility: str
+    uid: Uid
+    role: Role
+    networks: Networks
+    expires_s: Annotated[int, Field(ge=1)]
+    url: str | None = None
 
 
 # --- what a client asks
@@ -313,6 +329,26 @@ class Hello(_OfStream):
         else:
             _only("targets", self.targets, "PROD")
         return self
+
+
+class TicketRequest(_OfStream):
+    """Ask for a ticket: the right to say hello once, for an application that has no other proof of who it is.
+
+    Attributes:
+        networks: Where it may be used, and where what it names may be. Empty: the networks that the facility's policy
+            has for consumers, or for targets.
+        expires_s: Seconds for which it counts; by default an hour, or what the policy allows of it.
+    """
+
+    networks: Networks = []
+    expires_s: Annotated[int, Field(ge=1, le=30 * DAY_S)] | None = None
+
+
+class TicketHello(_Asked):
+    """A hello by a ticket: at PROD with `targets`, at CONS from where the application will connect."""
+
+    ticket: TicketText
+    targets: Targets = []
 
 
 class Update(_OfStream):

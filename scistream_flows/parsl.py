@@ -11,10 +11,11 @@ import functools
 import logging
 import secrets
 import threading
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from concurrent.futures import TimeoutError as FutureTimeout  # one of its own before Python 3.11
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any, Final
 
 from scistream_flows.errors import BadRequest, MissingExtra, ScistreamError
@@ -44,6 +45,8 @@ def streaming(
     producer: str,
     consumer: str,
     argument: str = "stream",
+    tickets: str | None = None,
+    networks: Sequence[str] = (),
     **options: Unpack[StreamOptions],
 ) -> Callable[..., AppFuture]:
     """A Parsl app whose every call has a stream of its own.
@@ -57,18 +60,37 @@ def streaming(
         producer: The facility of the application that listens, such as `local:aps`.
         consumer: The facility that the task's node belongs to.
         argument: The keyword of the app that takes the addresses.
+        tickets: The keyword of the app that takes tickets, where the node of the task is not known before it starts: a
+            list, one for each try, with which the task calls `say_hello` before it connects.
+        networks: Where the tickets may be used, such as those of the cluster's nodes. Empty: all that policy has.
         options: Those of `open_stream`. `until` is `released` unless given: a task that is tried again connects again.
     """
     chosen: StreamOptions = {"until": "released", **options}
 
     @functools.wraps(app)
     def call(*args: Any, **kwargs: Any) -> AppFuture:
-        listeners: Future[list[str]] = Future()
         before = list(_futures([args, kwargs]))
-        task = app(*args, **kwargs, **{argument: listeners})
+        given: dict[str, Future[list[str]]] = {argument: Future()}
+        if tickets is not None:
+            given[tickets] = Future()
+        task = app(*args, **kwargs, **given)
+
+        def values(stream: Stream) -> list[list[str]]:
+            if tickets is None:
+                return [stream.listeners]
+            tries = 1 + task.task_record["dfk"].config.retries
+            drawn = [stream.ticket("CONS", networks=networks) for _ in range(tries)]
+            return [stream.listeners, [one.model_dump_json() for one in drawn]]
+
         threading.Thread(
             target=_accompany,
-            args=(task, before, listeners, lambda: open_stream(producer, consumer, **chosen)),
+            args=(
+                task,
+                before,
+                list(given.values()),
+                partial(open_stream, producer, consumer, **chosen),
+                values,
+            ),
             name=f"stream of {getattr(app, '__name__', 'app')}",
         ).start()
         return task
@@ -79,8 +101,9 @@ def streaming(
 def _accompany(
     task: AppFuture,
     before: Iterable[Future[Any]],
-    listeners: Future[list[str]],
+    given: Sequence[Future[list[str]]],
     open_it: Callable[[], Stream],
+    values: Callable[[Stream], list[list[str]]],
 ) -> None:
     """Open when everything before is there, and stay until the task is done, or the workflow is."""
     try:
@@ -89,13 +112,15 @@ def _accompany(
                 raise ScistreamError("the workflow ended before the task could begin", which="parsl")
             one.result()
         with open_it() as stream:
-            listeners.set_result(stream.listeners)
+            for future, value in zip(given, values(stream), strict=True):
+                future.set_result(value)
             if not _done(task, task):
                 log.warning("the workflow ended before its task: the stream is released")
     except BaseException as wrong:  # noqa: BLE001 - handed to whoever waits for it
-        if not listeners.done():
-            listeners.set_exception(wrong)
-        else:
+        waiting = [future for future in given if not future.done()]
+        for future in waiting:
+            future.set_exception(wrong)
+        if not waiting:
             log.warning("the stream of a task: %s", wrong)
 
 

@@ -9,7 +9,7 @@ from typing import Final, Literal, NamedTuple
 
 from scistream_flows.config import EVERYBODY, LOOPBACK, AllowRule, FacilityConfig, GatewayConfig
 from scistream_flows.errors import BadRequest, CapacityExhausted, NotSupported, PolicyDenied, PortsExhausted
-from scistream_flows.models import IPAddress, IPNetwork, Mode, Peer, Request, ip_of, split_address
+from scistream_flows.models import IPAddress, IPNetwork, Mode, Peer, Request, Role, ip_of, split_address
 
 # Addresses that mean something to the machine that connects: a rule covers one of them only if it lies within the
 # special network itself. So 0.0.0.0/0 opens the world, but neither loopback nor a cloud's metadata service.
@@ -362,6 +362,42 @@ def admit_consumers(networks: Iterable[str], facility: FacilityConfig) -> None:
                 which=text,
                 hint=f"Allowed consumers: {', '.join(map(str, facility.policy.consumers)) or 'none'}",
             )
+
+
+def ticket_networks(asked: Sequence[str], role: Role, facility: FacilityConfig) -> list[str]:
+    """The networks in which a ticket may be used: those asked for, by default all that the policy has.
+
+    Raises:
+        PolicyDenied: One that is asked for is not within the policy's.
+    """
+    kind: Literal["targets", "consumers"] = "targets" if role == "PROD" else "consumers"
+    allowed = [rule.network for rule in getattr(facility.policy, kind)]
+    for text in asked:
+        if not any(_within(ipaddress.ip_network(text), one) for one in allowed):
+            raise PolicyDenied(
+                f"facility {facility.name} does not allow {text} in {kind}",
+                which=text,
+                hint=f"Allowed {kind}: {', '.join(map(str, allowed)) or 'none'}",
+            )
+    return list(asked) or list(dict.fromkeys(map(str, allowed)))
+
+
+def admit_with_ticket(address: str, networks: Sequence[str]) -> str:
+    """Check an IP address against the networks of a ticket; answers it, plainly written.
+
+    Raises:
+        PolicyDenied: It is in none of them.
+    """
+    ip = ip_of(address)
+    if ip is None or not any(
+        _within(ipaddress.ip_network(ip), ipaddress.ip_network(one)) for one in networks
+    ):
+        raise PolicyDenied(
+            f"this ticket is not for {address}",
+            which=address,
+            hint=f"It is for {', '.join(networks)}; ask for one with networks=[…]",
+        )
+    return str(ip)
 
 
 def default_consumers(facility: FacilityConfig) -> list[str]:

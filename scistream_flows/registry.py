@@ -23,7 +23,7 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, TypeAlias
 
-from scistream_flows.errors import Busy, ConfigError, NotFound, RegistryError
+from scistream_flows.errors import Busy, CapacityExhausted, ConfigError, NotFound, RegistryError
 from scistream_flows.models import Offer, RelayStatus, Request, Role
 from scistream_flows.policy import Usage
 
@@ -38,10 +38,13 @@ NETWORK_FILE_SYSTEMS = frozenset(
     }
 )
 
+MOST_TICKETS = 256
+"""Tickets of one side that have not expired: one for each of its listeners."""
+
 OUTLIVED_S = 300
 """So long after the lifetime of a stream none of its relays can run, whatever clocks and slow starts add, seconds."""
 
-_SCHEMA_VERSION = 3
+_SCHEMA_VERSION = 4
 _SCHEMA = """
 CREATE TABLE streams (
     id INTEGER PRIMARY KEY,
@@ -76,6 +79,16 @@ UPDATE relays SET connections = listeners * coalesce(
 CREATE TABLE draining (gateway TEXT PRIMARY KEY);
 """,
     2: "ALTER TABLE streams ADD COLUMN claimed_at REAL",
+    3: """
+CREATE TABLE tickets (
+    hash BLOB PRIMARY KEY,
+    stream INTEGER NOT NULL REFERENCES streams (id) ON DELETE CASCADE,
+    networks TEXT NOT NULL,
+    expires_at REAL NOT NULL,
+    used_for TEXT
+);
+CREATE INDEX tickets_of_stream ON tickets (stream);
+""",
 }
 
 Phase = Literal["opening", "open", "ended"]
@@ -139,6 +152,21 @@ class StreamRow:
             self.claimed_at is not None
             and time.time() > self.claimed_at + self.request.lifetime_s + OUTLIVED_S
         )
+
+
+@dataclass(frozen=True, kw_only=True)
+class TicketRow:
+    """A ticket that counts still.
+
+    Attributes:
+        stream: Of which side.
+        networks: Where it may be used.
+        used_for: By whom and for what it was used; None: not yet.
+    """
+
+    stream: StreamRow
+    networks: tuple[str, ...]
+    used_for: str | None
 
 
 Placement: TypeAlias = Callable[[Usage], Sequence[RelayRow]]
@@ -334,6 +362,54 @@ class Registry:
         with self._transaction() as db:
             db.execute("DELETE FROM streams WHERE id = ?", (stream.id,))
 
+    # --- tickets
+
+    def keep_ticket(
+        self, secret: str, stream: StreamRow, *, networks: Sequence[str], expires_s: float
+    ) -> None:
+        """Write a ticket down, by its hash: nobody who reads the database can use it.
+
+        Raises:
+            CapacityExhausted: The stream has MOST_TICKETS that have not expired.
+        """
+        now = time.time()
+        with self._transaction() as db:
+            db.execute("DELETE FROM tickets WHERE expires_at < ?", (now,))
+            count = db.execute("SELECT count(*) FROM tickets WHERE stream = ?", (stream.id,)).fetchone()[0]
+            if count >= MOST_TICKETS:
+                raise CapacityExhausted(
+                    f"stream {stream.key.uid!r} ({stream.key.role}) has {count} tickets that have not expired",
+                    which=stream.key.uid,
+                    hint="Ask for such that expire sooner, or say hello with a token",
+                    limit=MOST_TICKETS,
+                )
+            db.execute(
+                "INSERT INTO tickets (hash, stream, networks, expires_at) VALUES (?, ?, ?, ?)",
+                (_hashed(secret), stream.id, json.dumps([*networks]), now + expires_s),
+            )
+
+    def ticket(self, secret: str) -> TicketRow | None:
+        """What is known of a ticket; None of one that never was, or has expired."""
+        with self._transaction() as db:
+            found = db.execute(
+                "SELECT stream, networks, used_for FROM tickets WHERE hash = ? AND expires_at >= ?",
+                (_hashed(secret), time.time()),
+            ).fetchone()
+            if found is None:
+                return None
+            row = db.execute("SELECT * FROM streams WHERE id = ?", (found["stream"],)).fetchone()
+            networks = tuple(json.loads(found["networks"]))
+            return TicketRow(stream=_stream(db, row), networks=networks, used_for=found["used_for"])
+
+    def use_ticket(self, secret: str, *, used_for: str) -> bool:
+        """Use a ticket up; answers whether this use is its first, or the very same again."""
+        with self._transaction() as db:
+            changed = db.execute(
+                "UPDATE tickets SET used_for = ? WHERE hash = ? AND expires_at >= ? AND coalesce(used_for, ?) = ?",
+                (used_for, _hashed(secret), time.time(), used_for, used_for),
+            )
+            return changed.rowcount > 0
+
     def usage(self, owner: str) -> Usage:
         """What is in use now, and by `owner`."""
         with self._transaction() as db:
@@ -524,6 +600,10 @@ def _usage(db: sqlite3.Connection, owners: Collection[str]) -> Usage:
 
 def _kept(end: RelayStatus) -> dict[str, Any]:
     return {"protocol": end.protocol, "relay_id": end.relay_id, "role": end.role, "state": end.state}
+
+
+def _hashed(secret: str) -> bytes:
+    return hashlib.sha256(secret.encode()).digest()
 
 
 def _unlock(file: int, start: int) -> None:

@@ -29,6 +29,7 @@ _OF_A_STREAM: Final = {
     "release": ("DELETE", ""),
     "hello": ("POST", "/hello"),
     "renew": ("POST", "/renew"),
+    "ticket": ("POST", "/ticket"),
 }
 
 
@@ -139,7 +140,7 @@ class RestService:
                 said = str(none)
             else:
                 pause_s = max(pause_s, min(reply.pause_s, LONGEST_RETRY_S))
-                understood = self._understood(reply, token)
+                understood = self._understood(reply, token, path)
                 if understood is not None:
                     return understood
                 said = f"HTTP {reply.status}"
@@ -152,7 +153,7 @@ class RestService:
             time.sleep(pause_s)
             pause_s = min(2 * pause_s, LONGEST_RETRY_S)
 
-    def _understood(self, reply: Reply, token: str | None) -> dict[str, Any] | None:
+    def _understood(self, reply: Reply, token: str | None, path: str) -> dict[str, Any] | None:
         """The answer in a reply; None when it is one of a server in between, so that another try may bring it."""
         if reply.elsewhere is not None:
             raise FacilityUnreachable(
@@ -167,7 +168,7 @@ class RestService:
         if isinstance(said, dict) and "protocol" in said:
             if reply.status == 200:
                 return {"ok": True, "value": said}
-            if "code" in said and token is None and reply.status == 401:
+            if reply.status == 401 and token is None and path != "/hello":
                 raise self._no_token()
             if "code" in said:
                 return {"ok": False, "error": said}
@@ -192,6 +193,8 @@ def _request(verb: str, document: Mapping[str, Any]) -> tuple[str, str, dict[str
     fields = {name: value for name, value in document.items() if value is not None}
     if verb == "request":
         return "POST", "/streams", {}, fields
+    if verb == "hello_by_ticket":
+        return "POST", "/hello", {}, fields
     if verb == "list":
         wanted = [name for name in ("include_ended", "all_owners") if fields.get(name)]
         return "GET", "/streams", dict.fromkeys(wanted, "true"), None

@@ -37,6 +37,7 @@ from scistream_flows.errors import (
     RelayError,
     RelayLost,
     ScistreamError,
+    Unauthenticated,
 )
 from scistream_flows.gateway import Gateway, connect_gateway
 from scistream_flows.models import (
@@ -56,6 +57,9 @@ from scistream_flows.models import (
     Role,
     Status,
     StatusQuery,
+    Ticket,
+    TicketHello,
+    TicketRequest,
     Update,
     ip_of,
     join_address,
@@ -80,7 +84,9 @@ AT_ONCE: Final = 16  # relays that are asked at the same time: one for each gate
 
 GROUP_URN: Final = "urn:globus:groups:id:"
 
-VERBS: Final = ("request", "hello", "update", "status", "renew", "release", "list")
+VERBS: Final = ("request", "hello", "update", "status", "renew", "release", "list", "ticket")
+
+TICKET_S: Final = 3600
 
 
 def unix_owner(uid: int | None = None) -> str:
@@ -175,15 +181,45 @@ class S2CS:
         with self._managed(hello.uid, hello.role, hello.owner, owner) as stream:
             living = self._living(stream)
             if stream.key.role == "PROD":
-                changes: dict[str, Any] = {"targets": self._targets(hello.targets)}
-            else:
-                asked = list(hello.consumers) + ([caller_address] if caller_address else [])
-                policy.admit_consumers(asked, self.config)
-                known = [source for relay in living for source in relay.sources]
-                changes = {"sources": list(dict.fromkeys([*known, *asked]))}
-            reports = self._change(stream, lambda _: changes)
-            self._registry.audit("hello", stream.key, **changes)
-            return self._offer(stream, reports)
+                return self._arrived(stream, {"targets": self._targets(hello.targets)})
+            asked = [*hello.consumers, *([caller_address] if caller_address else [])]
+            return self._arrived(stream, self._with_consumers(living, asked))
+
+    def ticket(
+        self, document: TicketRequest | Mapping[str, Any] | str, *, owner: Caller | None = None
+    ) -> Ticket:
+        """A ticket for one hello, for an application whose node is not known before, and has no token.
+
+        Only its hash is kept. It counts once, from one address within its networks, until it expires or the stream
+        ends; it opens nothing else.
+
+        Raises:
+            NotFound: No such stream of this caller, or it has ended.
+            PolicyDenied: A network is not within the policy's, or `expires_s` above the longest wait.
+            CapacityExhausted: The stream has as many tickets as it may.
+        """
+        wish = read(TicketRequest, document)
+        caller = _caller(owner)
+        with self._managed(wish.uid, wish.role, wish.owner, owner) as stream:
+            self._living(stream)
+            limit_s = self.config.policy.of(caller).longest_hello_timeout_s
+            expires_s = wish.expires_s or min(TICKET_S, limit_s)
+            policy.admit_at_most("expires_s", expires_s, limit_s, self.config)
+            networks = policy.ticket_networks(wish.networks, wish.role, self.config)
+            secret = f"sst_{secrets.token_urlsafe(32)}"
+            self._registry.keep_ticket(secret, stream, networks=networks, expires_s=expires_s)
+            self._registry.audit(
+                "ticket", stream.key, caller=caller[0], networks=networks, expires_s=expires_s
+            )
+            return Ticket(
+                ticket=secret,
+                facility=self.config.name,
+                uid=wish.uid,
+                role=wish.role,
+                networks=networks,
+                expires_s=expires_s,
+                url=self.config.service.url,
+            )
 
     def update(self, document: Update | Mapping[str, Any] | str, *, owner: Caller | None = None) -> Status:
         """Change peers, targets, consumers or the rate of a running side.
@@ -330,6 +366,50 @@ class S2CS:
         """
         policy_names = self.config.policy.model_dump_json(include={"users", "administrators", "quota"})
         return GROUP_URN in policy_names or self._registry.mentions(GROUP_URN, uid=uid)
+
+    def hello_by_ticket(
+        self, document: TicketHello | Mapping[str, Any] | str, *, caller_address: str
+    ) -> Offer:
+        """A hello of somebody who has a ticket only, and no verb of `answer`. Said again, it is answered again.
+
+        Args:
+            document: The ticket; at PROD the targets, which have to be within the ticket's networks.
+            caller_address: The IP that the call came from; at CONS it is what is allowed in addition.
+
+        Raises:
+            Unauthenticated: The ticket never was, has expired, or was used for something else.
+            PolicyDenied: The caller, or a target, is not within its networks, or not in the allow-lists.
+            BadRequest: No targets at PROD, or some at CONS.
+            NotFound: The stream has ended.
+        """
+        asked = read(TicketHello, document)
+        known = self._registry.ticket(asked.ticket)
+        if known is None:
+            raise _no_ticket()
+        key = known.stream.key
+        with self._registry.lock(key, timeout_s=LOCK_TIMEOUT_S), self._denials_audited(key):
+            stream = self._registry.find(key)
+            if stream is None or stream.id != known.stream.id:
+                raise _no_ticket()
+            caller = policy.admit_with_ticket(caller_address, known.networks)
+            if (key.role == "PROD") != bool(asked.targets):
+                raise BadRequest(
+                    "targets: a hello at PROD names them"
+                    if key.role == "PROD"
+                    else "targets: only PROD has it, this ticket is for CONS",
+                    which="targets",
+                )
+            living = self._living(self._settled(stream))
+            if key.role == "PROD":
+                targets = self._targets(asked.targets)
+                for one in targets:
+                    policy.admit_with_ticket(split_address(one)[0], known.networks)
+                changes: dict[str, Any] = {"targets": targets}
+            else:
+                changes = self._with_consumers(living, [caller])
+            if not self._registry.use_ticket(asked.ticket, used_for=" ".join([caller, *asked.targets])):
+                raise _no_ticket()
+            return self._arrived(stream, changes, by_ticket=caller)
 
     # --- administration: for who holds the state directory, not reached by `answer`
 
@@ -729,6 +809,17 @@ class S2CS:
             relays=relays,
         )
 
+    def _with_consumers(self, living: Sequence[RelayStatus], asked: Sequence[str]) -> dict[str, Any]:
+        """The sources at the LAN listeners, with those that are asked for."""
+        policy.admit_consumers(asked, self.config)
+        known = [source for relay in living for source in relay.sources]
+        return {"sources": list(dict.fromkeys([*known, *asked]))}
+
+    def _arrived(self, stream: StreamRow, changes: Mapping[str, Any], **about: Any) -> Offer:
+        reports = self._change(stream, lambda _: changes)
+        self._registry.audit("hello", stream.key, **changes, **about)
+        return self._offer(stream, reports)
+
     def _change(
         self, stream: StreamRow, changes: Callable[[RelayRow], Mapping[str, Any]]
     ) -> Sequence[RelayStatus]:
@@ -1042,6 +1133,15 @@ def _caller(owner: Caller | None) -> tuple[str, ...]:
             f"owner: {owner!r} is not a URN", which="owner", hint="Such as urn:scistream:unix:1000@host"
         )
     return urns
+
+
+def _no_ticket() -> Unauthenticated:
+    """The one answer for a ticket that never was, has expired, or was used."""
+    return Unauthenticated(
+        "this ticket is not known, has expired, or was used",
+        which="ticket",
+        hint="Each is for one hello; ask for another with the verb ticket",
+    )
 
 
 def _may(right: Right, stream: StreamRow, caller: Sequence[str]) -> bool:

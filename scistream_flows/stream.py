@@ -34,6 +34,7 @@ from scistream_flows.errors import (
 from scistream_flows.facility import Facility, connect_facility
 from scistream_flows.models import (
     Counts,
+    Hello,
     Limiting,
     Mode,
     Offer,
@@ -47,6 +48,8 @@ from scistream_flows.models import (
     Role,
     Status,
     StatusQuery,
+    Ticket,
+    TicketRequest,
     Update,
     read,
 )
@@ -200,6 +203,48 @@ class Stream:
             limiting=limiting_leg(prod.limiting, cons.limiting),
         )
 
+    def ticket(self, role: Role, *, networks: Sequence[str] = (), expires_s: int | None = None) -> Ticket:
+        """A ticket for an application whose node is not known yet: it says hello with it, by `say_hello`, once.
+
+        It is a secret, until it is used: who has it, and is within its networks, can take the application's place.
+
+        Args:
+            role: `CONS` for the application that connects, `PROD` for the one that listens.
+            networks: Where it may be used, such as those of a cluster's nodes. Empty: all that the policy has for it.
+            expires_s: Seconds for which it counts; by default an hour, or what the policy allows of it.
+
+        Raises:
+            NotFound: The stream has ended.
+            PolicyDenied: What is asked for is not within the policy.
+        """
+        wish = {
+            "protocol": PROTOCOL,
+            "uid": self.uid,
+            "role": role,
+            "networks": list(networks),
+            "expires_s": expires_s,
+        }
+        return self._facilities[role].ticket(read(TicketRequest, wish))
+
+    def hello(self, role: Role, *, targets: Sequence[str] = (), consumers: Sequence[str] = ()) -> Offer:
+        """Say where an application is: of PROD its `targets`, of CONS networks that may connect in addition.
+
+        Raises:
+            NotFound: The stream has ended.
+            PolicyDenied: The facility's allow-lists do not have it.
+        """
+        said = {"protocol": PROTOCOL, "uid": self.uid, "role": role}
+        lists = {"targets": list(targets), "consumers": list(consumers)}
+        return self._facilities[role].hello(read(Hello, {**said, **lists}))
+
+    def wait_ready(self, timeout_s: float = 60) -> None:
+        """Wait until both sides are READY: after `open_stream` without targets, somebody has to say hello at PROD.
+
+        Raises:
+            StreamNotReady: With `leg` and `reason`. The stream goes on, until its `hello_timeout_s`.
+        """
+        _until_ready(self.uid, self._facilities, time.monotonic() + timeout_s, lambda _: None)
+
     def renew(self) -> None:
         """Renew the lease of both sides by the `lease_s` seconds of the request."""
         for role in ROLES:
@@ -319,12 +364,13 @@ def open_stream(
     probe: Literal["target", "path"] = "target",
     on_progress: OnProgress | None = None,
 ) -> Stream:
-    """Open a stream and return when both sides are READY.
+    """Open a stream and return when both sides are READY; without targets, when both relays know each other.
 
     Args:
         producer: The facility of the application that listens, such as `local:aps`.
         consumer: The facility of the application that connects.
-        targets: `host:port` of the listening application as its facility sees it; `[IPv6]:port` for IPv6.
+        targets: `host:port` of the listening application as its facility sees it; `[IPv6]:port` for IPv6. Empty: it is
+            not known yet. It says hello, with a `ticket` of the stream, and `wait_ready` waits for it.
         consumers: Networks of the connecting application; empty allows loopback at the consumer's gateway only.
         uid: The stream's name; by default a new random one.
         mode: `tls`, `auth` (proven peers, clear text) or `none`.
@@ -391,8 +437,10 @@ def open_stream(
                 for relay in cons.relays
             ]
             facilities["PROD"].update(Update(uid=prod.uid, role="PROD", peers=peers))
-            _until_ready(prod.uid, facilities, began + ready_timeout_s, lambda status: tell("probe", status))
-            tell("ready")
+            if prod_request.targets:
+                deadline = began + ready_timeout_s
+                _until_ready(prod.uid, facilities, deadline, lambda status: tell("probe", status))
+                tell("ready")
         except BaseException:
             for role, end in _release(prod_request.uid, to_release).items():
                 if isinstance(end, Exception):

@@ -24,6 +24,7 @@ LIFE = (
     "tokens",
     "web",
     "rest",
+    "hello",
     "facility",
     "stream",
     "parsl",

@@ -227,13 +227,15 @@ DOCUMENTS: list[type[BaseModel]] = [
     *(
         models.Request,
         models.Hello,
+        models.TicketRequest,
+        models.TicketHello,
         models.Update,
         models.StatusQuery,
         models.Renewal,
         models.Release,
         models.ListQuery,
     ),
-    *(models.Offer, models.Status, models.Released, models.Listing, models.GatewayReport),
+    *(models.Offer, models.Ticket, models.Status, models.Released, models.Listing, models.GatewayReport),
     *(models.RelayReady, models.RelayFailed, models.RelayStatus, models.RelayList),
 ]
 

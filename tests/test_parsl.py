@@ -17,6 +17,8 @@ import pytest
 
 pytest.importorskip("parsl", reason="not installed: the extra parsl")
 
+from serving import serving
+
 from scistream_flows.config import load_facility
 from scistream_flows.errors import BadRequest
 from scistream_flows.parsl import Source
@@ -59,6 +61,11 @@ def receive(addresses=(), marker=None, digest_of=digest_of):  # a default travel
 @python_app
 def receive_file(inputs=(), marker=None, digest_of=digest_of):
     return digest_of(inputs[0].filepath, marker)
+
+@python_app
+def receive_late(tickets, addresses=(), marker=None, digest_of=digest_of):
+    from scistream_flows import say_hello
+    return digest_of(say_hello(tickets).addresses[0], marker)
 
 @python_app
 def fail(stream=None, inputs=()):
@@ -186,6 +193,23 @@ def test_a_task_whose_worker_was_killed_is_tried_again_with_the_same_stream(
 ) -> None:
     said = workflow(KILLED[door])
     assert said.get("result", [said])[0] == DIGEST
+    assert_one_stream_released()
+    assert relays_below(state_base) == []
+
+
+@pytest.mark.timeout(180)
+def test_a_task_on_a_node_that_nobody_knew_says_hello_also_when_it_is_tried_again(
+    workflow: Callable[[str], dict[str, Any]], relays_below: Callable[..., list[int]], state_base: Path
+) -> None:
+    with serving(state_base, "alcf", development=True) as served:
+        late = {"consumer": served.url, "consumers": ["127.0.0.77/32"]}  # loopback itself may not come in
+        said = workflow(
+            'streaming(receive_late, argument="addresses", tickets="tickets",'
+            f" **(facilities | {late}))(marker=marker)"
+        )
+    assert said.get("result", [said])[0] == DIGEST
+    assert len(audited("alcf", "ticket")) == 2  # one for each try
+    assert {one["by_ticket"] for one in audited("alcf", "hello")} == {"127.0.0.1"}
     assert_one_stream_released()
     assert relays_below(state_base) == []
 

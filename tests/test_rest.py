@@ -168,7 +168,7 @@ def test_every_operation_that_is_not_public_wants_a_token(served: Served) -> Non
             assert answer.headers["WWW-Authenticate"].startswith("Bearer")
         else:
             public.add(operation.path)
-    assert public == {"/health", *(f"/actions/{name}/" for name in ACTIONS)}
+    assert public == {"/health", "/hello", *(f"/actions/{name}/" for name in ACTIONS)}
 
 
 @pytest.mark.parametrize("mode", list(schemathesis.GenerationMode))
@@ -177,6 +177,7 @@ def test_every_operation_that_is_not_public_wants_a_token(served: Served) -> Non
     [
         "/streams",
         "/health",
+        "/hello",
         *(f"/actions/{name}" for name in ACTIONS),
     ],
 )
