@@ -9,14 +9,17 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
+import pwd
 import secrets
 import shlex
 import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from itertools import filterfalse
 from pathlib import Path
 from typing import Any, Final, NamedTuple
 
+from scistream_flows import doorway
 from scistream_flows.config import FacilityConfig, Policy
 from scistream_flows.diagnosis import (
     ADDRESS_KEYS,
@@ -27,7 +30,15 @@ from scistream_flows.diagnosis import (
     judge,
     judge_state,
 )
-from scistream_flows.errors import HostKeyRejected, NotFound, RelayError, ScistreamError
+from scistream_flows.errors import (
+    PROTOCOL,
+    ConfigError,
+    FacilityUnreachable,
+    HostKeyRejected,
+    NotFound,
+    RelayError,
+    ScistreamError,
+)
 from scistream_flows.facility import Facility, LocalFacility, connect_facility
 from scistream_flows.gateway import Gateway, connect_gateway
 from scistream_flows.models import (
@@ -47,6 +58,7 @@ from scistream_flows.s2cs import S2CS
 
 REACH_TIMEOUT_S: Final = 20.0
 SETTLE_S: Final = 2.0
+SOCKET_TIMEOUT_S: Final = 10.0
 
 # --- gathering
 
@@ -86,6 +98,7 @@ def examine(
         )
     yield from _configuration(config)
     yield from _secret(config)
+    yield from _socket(config)
     yield from judge_state(_directory_here(config.state_dir), uid=os.geteuid())
     if service is not None:
         yield from _draining(service)
@@ -224,6 +237,41 @@ def _secret(config: FacilityConfig) -> Iterator[Finding]:
         )
         return
     yield Finding(check="secret", level="ok", message=f"{path} is for this user alone")
+
+
+def _socket(config: FacilityConfig) -> Iterator[Finding]:
+    """The socket at which the service serves the accounts of this machine: who may write beside it, and who answers."""
+    if config.service.socket is None:
+        return
+    path = Path(config.service.socket)
+    for name in filterfalse(_is_account, config.service.accounts):
+        yield Finding(
+            check="accounts",
+            level="warning",
+            message=f"service.accounts names {name}, which is no account of this machine",
+            fix=f"in {config.file}, under [service.accounts]: take {name} out, or make the account",
+        )
+    try:
+        doorway.ask(path, "list", {"protocol": PROTOCOL}, deadline_s=SOCKET_TIMEOUT_S)
+    except ConfigError as wrong:
+        yield Finding(
+            check="socket", level="problem", message=wrong.message, fix=wrong.hint.partition(",")[0]
+        )
+    except FacilityUnreachable as wrong:
+        service = f"s2cs --config {shlex.quote(str(config.file))}"
+        yield Finding(check="socket", level="warning", message=wrong.message, fix=service)
+    except ScistreamError as wrong:
+        yield _refusal("socket", wrong, None)
+    else:
+        yield Finding(check="socket", level="ok", message=f"the service answers at {path}")
+
+
+def _is_account(name: str) -> bool:
+    try:
+        pwd.getpwnam(name)
+    except KeyError:
+        return False
+    return True
 
 
 def _draining(service: S2CS) -> Iterator[Finding]:

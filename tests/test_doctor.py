@@ -22,6 +22,7 @@ from sshd import Account, Server, make_key, why_not
 from scistream_flows.config import FacilityConfig, PortRange, load_facility
 from scistream_flows.diagnosis import Case, Finding, judge, judge_state
 from scistream_flows.doctor import Attempt, clock_offset_s, examine, judge_attempt
+from scistream_flows.doorway import serve_socket
 from scistream_flows.errors import NotFound
 from scistream_flows.models import Probe
 from scistream_flows.relay import DirectoryFacts, NodeFacts
@@ -704,6 +705,28 @@ def test_a_secret_that_others_may_read_is_a_problem_until_the_command(
     findings += site.examine()
     assert [one.level for one in findings if one.check == "secret"] == ["problem", "ok"]
     assert not [one for one in findings if "no finding may name" in f"{one.message} {one.fix}"]
+
+
+def test_a_socket_that_others_could_replace_or_that_nobody_serves_is_found(
+    site: Environment, tmp_path: Path
+) -> None:
+    place = tmp_path / "run"
+    place.mkdir(mode=0o755)
+    identity = f"urn:globus:auth:identity:{'7' * 8}-7777-4777-8777-{'7' * 12}"
+    table = f'[service]\nsocket = "{place}/s2cs"\n[service.accounts]\nnobody-like-that = "{identity}"\n'
+    site.file.write_text(site.file.read_text() + table)
+    place.chmod(0o777)
+    findings = site.examine()
+    (one,) = found(findings, "socket")
+    fix = f"chmod go-w {place}"
+    assert (one.level, one.fix) == ("problem", fix)
+    subprocess.run(["sh", "-c", fix], check=True)
+    (one,) = found(site.examine(), "socket")
+    assert (one.level, one.fix) == ("warning", f"s2cs --config {site.file}")
+    with serve_socket(site.config()):
+        assert [one.level for one in site.examine() if one.check == "socket"] == ["ok"]
+    (account,) = found(findings, "accounts")
+    assert "nobody-like-that, which is no account" in account.message
 
 
 def test_the_way_to_another_facility_is_proven_in_both_directions(
