@@ -498,6 +498,14 @@ class Resources(_Part):
     cpu_s: float | None = None
 
 
+class Confinement(_Part):
+    """What a relay has given up: `applied`, for Landlock also `partly`, or why it could not be."""
+
+    seccomp: str | None = None
+    landlock: str | None = None
+    memory: str | None = None
+
+
 class RelayStatus(_Answered):
     """What `s2ds status` says; after the end of the relay, its end record."""
 
@@ -525,6 +533,7 @@ class RelayStatus(_Answered):
     bits_per_s: Rates = Rates()
     limiting: Limiting | None = None
     streams: list[Connection] = []
+    confinement: Confinement | None = None
     resources: Resources | None = None
     duration_s: float | None = None
     cut: bool | None = None

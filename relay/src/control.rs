@@ -37,12 +37,12 @@ enum StopReason {
     Admin,
 }
 
-/// Binds the socket, for its owner only from the first moment.
-pub fn bind(path: &Path) -> io::Result<UnixListener> {
+/// Binds the socket, for its owner only from the first moment; a runtime can take it over.
+pub fn bind(path: &Path) -> io::Result<std::os::unix::net::UnixListener> {
     let before = rustix::process::umask(FileMode::from_raw_mode(0o177));
-    let bound = UnixListener::bind(path);
+    let bound = std::os::unix::net::UnixListener::bind(path);
     rustix::process::umask(before);
-    bound
+    bound.and_then(|socket| socket.set_nonblocking(true).map(|()| socket))
 }
 
 /// Serves clients until the end record is there, then lets those who wait for it read it.

@@ -3,6 +3,7 @@
 mod carry;
 mod client;
 mod config;
+mod confine;
 mod connection;
 mod cons;
 mod control;
@@ -184,19 +185,32 @@ fn run(configuration: &[u8], directory: &Path, detached: bool) -> ExitCode {
         Ok(identity) => identity,
         Err(error) => return failed(EXIT_FAILED, "io", None, &format!("key pair: {error}")),
     };
+    let relay_id = config.relay_id;
+    let path = dir.socket(&relay_id);
+    let control = match control::bind(&path) {
+        Ok(control) => control,
+        Err(error) => {
+            return failed(EXIT_FAILED, "io", Some(&errno::of(&error)), &format!("control socket: {error}"));
+        }
+    };
+    // Only the one that this process has bound: another relay of the same id keeps its own.
+    let _socket = RemovedAtEnd(path);
+    let workers = match config.workers {
+        0 => std::thread::available_parallelism().map_or(1, |cores| (cores.get() / 2).clamp(1, MOST_WORKERS)),
+        chosen => chosen,
+    };
+    let null = detached.then(|| std::fs::OpenOptions::new().write(true).open("/dev/null"));
+    // From here on nothing is opened, started or bound but what streams need.
+    let confinement = confine::confine(Path::new("."));
     let runtime = match tokio::runtime::Builder::new_current_thread().enable_all().build() {
         Ok(runtime) => runtime,
         Err(error) => {
             return failed(EXIT_FAILED, "io", Some(&errno::of(&error)), &format!("runtime: {error}"));
         }
     };
-    let relay_id = config.relay_id;
     let outcome = runtime.block_on(async {
-        let path = dir.socket(&relay_id);
-        let control =
-            control::bind(&path).map_err(|error| (errno::of(&error), format!("control socket: {error}")))?;
-        // Only the one that this process has bound: another relay of the same id keeps its own.
-        let _socket = RemovedAtEnd(path);
+        let control = tokio::net::UnixListener::from_std(control)
+            .map_err(|error| (errno::of(&error), format!("control socket: {error}")))?;
         let mut sockets = Vec::new();
         let mut listeners = Vec::new();
         for (listener, socket) in bound {
@@ -205,11 +219,6 @@ fn run(configuration: &[u8], directory: &Path, detached: bool) -> ExitCode {
             listeners.push(listener.clone());
             sockets.push((listener, socket));
         }
-        let workers = match config.workers {
-            0 => std::thread::available_parallelism()
-                .map_or(1, |cores| (cores.get() / 2).clamp(1, MOST_WORKERS)),
-            chosen => chosen,
-        };
         let workers =
             Arc::new(Workers::start(workers).map_err(|error| (errno::of(&error), error.to_string()))?);
         say(
@@ -224,10 +233,11 @@ fn run(configuration: &[u8], directory: &Path, detached: bool) -> ExitCode {
                     .collect::<Vec<_>>(),
             }),
         );
-        if detached {
-            silence_stderr();
+        // The launcher has read the ready line; nobody reads what comes after it.
+        if let Some(Ok(null)) = &null {
+            let _ = rustix::stdio::dup2_stderr(null);
         }
-        let relay = Relay::new(config, identity, events.clone(), listeners)
+        let relay = Relay::new(config, identity, events.clone(), listeners, confinement)
             .map_err(|error| (String::new(), format!("TLS: {error}")))?;
         Ok(serve(Arc::new(relay), workers, sockets, control).await)
     });
@@ -327,13 +337,6 @@ fn raise_descriptor_limit() {
     use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
     let limit = getrlimit(Resource::Nofile);
     let _ = setrlimit(Resource::Nofile, Rlimit { current: limit.maximum, maximum: limit.maximum });
-}
-
-/// The launcher has read the ready line; nobody reads what comes after it.
-fn silence_stderr() {
-    if let Ok(null) = std::fs::OpenOptions::new().write(true).open("/dev/null") {
-        let _ = rustix::stdio::dup2_stderr(&null);
-    }
 }
 
 fn read_stdin() -> Vec<u8> {

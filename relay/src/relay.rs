@@ -14,6 +14,7 @@ use tokio::net::TcpStream;
 use tokio::sync::{Notify, watch};
 
 use crate::config::{Changes, Config, Network, PROTOCOL, Peer, Probe, RelayId, Role};
+use crate::confine::Confinement;
 use crate::connection::{Connection, lock};
 use crate::events::Events;
 use crate::gauge;
@@ -97,6 +98,7 @@ pub struct Relay {
     pub identity: Identity,
     pub events: Arc<Events>,
     pub listeners: Vec<Arc<Listener>>,
+    confinement: Confinement,
     /// The keys that a handshake admits at this moment.
     pub admitted: Arc<RwLock<Vec<PublicKey>>>,
     /// Wakes the supervisor before its next tick.
@@ -168,6 +170,7 @@ impl Relay {
         identity: Identity,
         events: Arc<Events>,
         listeners: Vec<Arc<Listener>>,
+        confinement: Confinement,
     ) -> Result<Relay, rustls::Error> {
         let now = Instant::now();
         let lease = Duration::from_secs_f64(config.lease_s.min(config.lifetime_s));
@@ -213,6 +216,7 @@ impl Relay {
             identity,
             events,
             listeners,
+            confinement,
         })
     }
 
@@ -830,6 +834,7 @@ impl Relay {
             "bits_per_s": {"to_consumer": rates.0, "to_producer": rates.1},
             "limiting": gauge::limiting(self.config.role, &gauges),
             "streams": streams,
+            "confinement": self.confinement,
             "resources": crate::resources::report(),
         })
     }
