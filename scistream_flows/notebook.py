@@ -100,8 +100,9 @@ def open_stream(
 
     The arguments and errors are those of `scistream_flows.open_stream`. `with` works, and needs not be used.
     """
+    opened = LiveStream(plain.open_stream(producer, consumer, **options))
     _follow_the_kernel()
-    return LiveStream(plain.open_stream(producer, consumer, **options))
+    return opened
 
 
 def release_all() -> None:
@@ -121,9 +122,11 @@ def _release_or_warn(one: LiveStream) -> None:
 def _follow_the_kernel() -> None:
     global _hooked  # noqa: PLW0603 - a process has one kernel
     with _hooking:
+        # What was registered last is called first: registries, which close at exit too, are still open then.
+        atexit.unregister(release_all)
+        atexit.register(release_all)
         if _hooked:
             return
-        atexit.register(release_all)
         shell: Any = get_ipython()
         if shell is not None:
             shell.events.register("post_run_cell", _after_cell)

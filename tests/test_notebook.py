@@ -6,6 +6,8 @@ import base64
 import json
 import os
 import socket
+import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -136,6 +138,16 @@ def test_the_end_of_the_kernel_releases_its_streams(
         assert run(client, OPEN.format(port=producer.getsockname()[1]))["status"] == "ok"
         manager.shutdown_kernel()
         eventually(lambda: relays_below(state_base) == [])
+    assert ends("aps") == ends("alcf") == ["released"]
+
+
+def test_the_end_of_a_program_without_a_kernel_releases_its_streams(
+    relays_below: Callable[..., list[int]], state_base: Path
+) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as producer:
+        program = OPEN.format(port=producer.getsockname()[1])
+        subprocess.run([sys.executable, "-c", program], check=True, timeout=60)
+    assert relays_below(state_base) == []
     assert ends("aps") == ends("alcf") == ["released"]
 
 
