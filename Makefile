@@ -1,6 +1,6 @@
 # Each target does its own set-up (tools/setup) and is quick when that stands.
 # PYTHON=python3.12 make … uses another interpreter; ARGS=… is passed on to the demo or to pytest.
-.PHONY: demo test check wheel clean
+.PHONY: demo test check docs wheel clean
 
 demo:
 	@tools/setup demo .venv/bin/python examples/demo/run.py $(ARGS)
@@ -10,6 +10,10 @@ test:
 
 check:
 	@tools/setup demo,test tools/check
+
+docs:
+	@tools/setup demo,test .venv/bin/python -m sphinx -W --keep-going -q -d build/docs/doctrees docs build/docs/html
+	@echo build/docs/html/index.html
 
 wheel:
 	@tools/setup demo,test .venv/bin/python -m build --wheel --outdir dist

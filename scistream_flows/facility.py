@@ -64,7 +64,7 @@ class Facility(Protocol):
 
     @property
     def name(self) -> str:
-        """How it was addressed, such as `local:aps`."""
+        """The address it was given by, as `connect_facility` takes it."""
         ...
 
     def request(self, document: Request) -> Offer:

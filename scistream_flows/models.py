@@ -197,7 +197,7 @@ class Offer(_Answered):
 
     @property
     def addresses(self) -> list[str]:
-        """The listeners of all relays, `ip:port`, in the order of their index; one address for each."""
+        """The address of each listener of all relays, as IP and port, in the order of their index."""
         listeners = [listener for relay in self.relays for listener in relay.listeners]
         return [listener.address for listener in sorted(listeners, key=lambda one: one.index)]
 

@@ -345,8 +345,7 @@ class S2CS:
         """Any verb by its name, JSON types in and out, for every way a call can come in.
 
         Returns:
-            `{"protocol", "ok": true, "value": …}` or `{"protocol", "ok": false, "error": …}`, the error in its
-            document form.
+            A document with `protocol` and `ok`, and `value` or else `error`, which is the error in its document form.
         """
         try:
             if verb not in VERBS:

@@ -177,7 +177,7 @@ class Stream:
 
     @property
     def listeners(self) -> list[str]:
-        """Where the consumer's application connects: `ip:port` for each connection of the stream."""
+        """Where the consumer's application connects, IP and port of each listener of the stream."""
         return self.offers["CONS"].addresses
 
     @property

@@ -241,9 +241,9 @@ def test_an_application_that_starts_late_is_waited_for(
 
 
 def test_no_target_is_said_to_be_missing(nothing_left: Callable[[], None]) -> None:
-    with open_stream("local:aps", "local:alcf", targets=[]) as stream:
-        with pytest.raises(StreamNotReady, match="no target was named") as caught:
-            stream.wait_ready(timeout_s=0.5)
+    stream = open_stream("local:aps", "local:alcf", targets=[])
+    with stream, pytest.raises(StreamNotReady, match="no target was named") as caught:
+        stream.wait_ready(timeout_s=0.5)
     assert (caught.value.leg, caught.value.reason) == ("producer-lan", "no-target")
     nothing_left()
 
