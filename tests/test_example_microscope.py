@@ -26,7 +26,7 @@ from standins.compute_cloud import ComputeCloud, Endpoint
 from scistream_flows.actions.endpoint import set_up
 from scistream_flows.config import load_facility
 
-SCRIPT = Path(__file__).resolve().parents[1] / "examples/microscope/over_compute.py"
+EXAMPLE = Path(__file__).resolve().parents[1] / "examples/microscope"
 
 # The SDK leaves a pair of sockets, by which pika wakes its loop, to the garbage collector.
 pytestmark = [
@@ -66,11 +66,14 @@ def test_a_microscope_streams_from_an_endpoint_to(
 
         addresses = [endpoint("aps")]
         if consumer == "another endpoint":
+            script = EXAMPLE / "over_compute.py"
             addresses.append(endpoint("alcf"))
         else:
-            addresses.append(facilities.enter_context(serving(state_base, "alcf", development=True)).url)
+            script = EXAMPLE / "with_action_provider.py"
+            served = facilities.enter_context(serving(state_base, "alcf", development=True))
+            addresses.append(served.url)
         done = subprocess.run(
-            [sys.executable, SCRIPT, *addresses, "--seconds", "1"],
+            [sys.executable, script, *addresses, "--seconds", "1"],
             env=dict(os.environ),
             capture_output=True,
             text=True,
