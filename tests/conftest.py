@@ -229,6 +229,11 @@ def within() -> Callable[..., None]:
 @pytest.fixture(scope="session")
 def certificate(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     """The files of a certificate for 127.0.0.1, which has signed itself, and of its key."""
+    return certificate_for_loopback(tmp_path_factory.mktemp("certificate"))
+
+
+def certificate_for_loopback(folder: Path) -> tuple[Path, Path]:
+    """Write these files into a folder."""
     key = ec.generate_private_key(ec.SECP256R1())
     name = x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, "facility")])
     now = dt.datetime.now(dt.timezone.utc)
@@ -245,7 +250,6 @@ def certificate(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
         )
         .sign(key, hashes.SHA256())
     )
-    folder = tmp_path_factory.mktemp("certificate")
     chain, private = folder / "chain.pem", folder / "key.pem"
     chain.write_bytes(signed.public_bytes(serialization.Encoding.PEM))
     private.write_bytes(
