@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Annotated, Final, Literal, TypeVar
 
@@ -17,6 +17,7 @@ from scistream_flows.models import (
     DAY_S,
     UID_PATTERN,
     URN_PATTERN,
+    GatewayListing,
     Hello,
     LeaseS,
     Listing,
@@ -142,7 +143,9 @@ def _place(places: threading.BoundedSemaphore, facility: str, at_once: int) -> I
 def routes(service: S2CS, *, auth: Authenticator, base_url: str) -> APIRouter:
     """The routes of a facility's streams, which is reached at `base_url` unless its configuration says where."""
     everything = APIRouter()
-    everything.include_router(_streams(service, auth=auth, base_url=base_url))
+    as_caller = _Asking(service, auth)
+    everything.include_router(_streams(service, as_caller, auth=auth, base_url=base_url))
+    everything.include_router(_gateways(service, as_caller, auth=auth))
     everything.include_router(_tickets(service))
     return everything
 
@@ -161,9 +164,22 @@ def _tickets(service: S2CS) -> APIRouter:
     return router
 
 
-def _streams(service: S2CS, *, auth: Authenticator, base_url: str) -> APIRouter:
+def _gateways(service: S2CS, as_caller: _Asking, *, auth: Authenticator) -> APIRouter:
+    router = APIRouter(tags=["gateways"], responses=ERRORS, dependencies=proof(auth))
+
+    def load(_: ListQuery, *, owner: Sequence[str]) -> GatewayListing:
+        return service.load(owner=owner)
+
+    @router.get("/gateways", operation_id="list_gateways", response_model_exclude_none=True)
+    def list_gateways(authorization: Authorization) -> GatewayListing:
+        """The gateways with what is booked of them: to administrators all, to others their own share."""
+        return as_caller(authorization, load, ListQuery())
+
+    return router
+
+
+def _streams(service: S2CS, as_caller: _Asking, *, auth: Authenticator, base_url: str) -> APIRouter:
     router = APIRouter(prefix="/streams", tags=["streams"], responses=ERRORS, dependencies=proof(auth))
-    as_caller = _Asking(service, auth)
 
     @router.post("", operation_id="request_stream", response_model_exclude_none=True)
     def request(document: Request, authorization: Authorization) -> Offer:

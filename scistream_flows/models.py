@@ -626,6 +626,25 @@ class GatewayReport(_Answered):
     capacity_mbits_per_s: int = 0
 
 
+class GatewayListing(_Answered):
+    """The gateways of one facility, as far as they are the caller's concern.
+
+    An administrator sees all of them, with everything booked. Anybody else sees the gateways that carry streams which
+    the caller may see: what these have booked, and no limits (0), so that nothing is told of others.
+
+    Attributes:
+        facility: Its name.
+        caller: The URN that owns what the caller opens.
+        administrator: Whether the caller sees everybody's.
+        gateways: In the order of the configuration.
+    """
+
+    facility: str
+    caller: Urn
+    administrator: bool
+    gateways: list[GatewayReport] = []
+
+
 # --- what the relay says besides
 
 

@@ -42,6 +42,7 @@ from scistream_flows.errors import (
 from scistream_flows.gateway import Gateway, connect_gateway
 from scistream_flows.models import (
     URN_PATTERN,
+    GatewayListing,
     GatewayReport,
     Hello,
     Listing,
@@ -326,7 +327,7 @@ class S2CS:
         """
         query = read(ListQuery, document)
         caller = _caller(owner)
-        if query.all_owners and not policy.administers(caller, self.config):
+        if query.all_owners and not self.administers(caller):
             self._registry.audit("deny", None, owner=caller[0], verb="list", which="all_owners")
             raise PolicyDenied(
                 f"{caller[0]} may not list the streams of everybody at facility {self.config.name}",
@@ -338,6 +339,30 @@ class S2CS:
             lambda stream: query.all_owners or _may("monitor", stream, caller),
             include_ended=query.include_ended,
         )
+
+    def load(self, *, owner: Caller | None = None) -> GatewayListing:
+        """The gateways: to an administrator all, with what is booked; to others their own share of those they use.
+
+        No verb of `answer`. One that did not answer lately is not asked again for this.
+        """
+        caller = _caller(owner)
+        administrator = self.administers(caller)
+        self._sweep(at_most_every_s=SWEEP_INTERVAL_S)
+        if administrator:
+            reports = self._reports(lambda _: True)
+        else:
+            mine = self._reports(lambda stream: _may("monitor", stream, caller))
+            # why it does not answer may name hosts and accounts, and its size is not a user's concern
+            hidden = {"message": None, "ports": 0, "connection_budget": 0, "capacity_mbits_per_s": 0}
+            reports = [one.model_copy(update=hidden) for one in mine if one.streams]
+        return GatewayListing(
+            facility=self.config.name, caller=caller[0], administrator=administrator, gateways=reports
+        )
+
+    def administers(self, caller: Sequence[str]) -> bool:
+        """Whether one of these URNs is an administrator; a development facility is its own account's."""
+        own = self.config.file is None and unix_owner() in caller
+        return own or policy.administers(caller, self.config)
 
     def answer(
         self, verb: str, document: Mapping[str, Any] | str, *, owner: Caller | None = None
@@ -479,23 +504,31 @@ class S2CS:
 
     def gateways(self) -> Sequence[GatewayReport]:
         """Every gateway: whether it answers just now, and what of it is booked."""
-        names = [one.name for one in self.config.gateways]
-        running = dict(zip(names, _each(partial(self._running, ask_anyway=True), names), strict=True))
+        _each(partial(self._running, ask_anyway=True), [one.name for one in self.config.gateways])
         self._sweep()
-        usage = self._registry.usage(unix_owner())
+        return self._reports(lambda _: True)
+
+    def _reports(self, wanted: Callable[[StreamRow], bool]) -> Sequence[GatewayReport]:
+        """Every gateway, as last heard of, with what the streams that are `wanted` have booked of it."""
+        booked: dict[str, list[RelayRow]] = {}
+        for stream in self._registry.streams("opening", "open"):
+            for row in stream.relays if wanted(stream) else ():
+                booked.setdefault(row.gateway, []).append(row)
+        draining = self._registry.usage("").draining
+        silent = set(self._silent)
         return [
             GatewayReport(
                 name=one.name,
                 kind=one.kind,
-                draining=one.name in usage.draining,
-                answers=running[one.name] is not None,
-                message=None if running[one.name] is not None else self._why_silent(one.name),
-                streams=usage.streams.get(one.name, 0),
-                listeners=usage.listeners.get(one.name, 0),
+                draining=one.name in draining,
+                answers=one.name not in silent,
+                message=self._why_silent(one.name) if one.name in silent else None,
+                streams=len(booked.get(one.name, ())),
+                listeners=sum(len(row.indices) for row in booked.get(one.name, ())),
                 ports=one.port_range.size if one.port_range.first else 0,
-                connections=usage.connections.get(one.name, 0),
+                connections=sum(row.connections for row in booked.get(one.name, ())),
                 connection_budget=one.connection_budget,
-                reserved_mbits_per_s=usage.reserved_mbits_per_s.get(one.name, 0),
+                reserved_mbits_per_s=sum(row.reserved_mbits_per_s for row in booked.get(one.name, ())),
                 capacity_mbits_per_s=one.capacity_mbits_per_s,
             )
             for one in self.config.gateways
@@ -839,7 +872,7 @@ class S2CS:
         """The stream of this name for this caller; where `administrators`, one of these may name any owner."""
         caller = _caller(owner)
         named = [one for one in self._registry.named(uid, role) if stream_owner in (None, one.key.owner)]
-        if administrators and named and stream_owner and policy.administers(caller, self.config):
+        if administrators and named and stream_owner and self.administers(caller):
             return named[0]
         visible = [one for one in named if _may("monitor", one, caller)]
         mine = [one for one in visible if one.key.owner in caller] or visible

@@ -235,7 +235,8 @@ DOCUMENTS: list[type[BaseModel]] = [
         models.Release,
         models.ListQuery,
     ),
-    *(models.Offer, models.Ticket, models.Status, models.Released, models.Listing, models.GatewayReport),
+    *(models.Offer, models.Ticket, models.Status, models.Released, models.Listing),
+    *(models.GatewayReport, models.GatewayListing),
     *(models.RelayReady, models.RelayFailed, models.RelayStatus, models.RelayList),
 ]
 

@@ -92,6 +92,14 @@ def test_hello_at_cons_allows_where_it_is_called_from(caller: Caller) -> None:
     assert set(relay["sources"]) == {"127.0.0.77/32", "127.0.0.1/32"}
 
 
+def test_the_gateways_are_told_as_far_as_the_caller_uses_them(caller: Caller) -> None:
+    none = caller.ask("GET", "/gateways").raise_for_status().json()
+    assert (none["facility"], none["administrator"], none["gateways"]) == ("aps", False, [])
+    opened(caller, prod(num_conn=2))
+    (gateway,) = caller.ask("GET", "/gateways").json()["gateways"]
+    assert (gateway["name"], gateway["streams"], gateway["listeners"]) == ("local", 1, 2)
+
+
 def test_renew_sets_the_lease(caller: Caller) -> None:
     opened(caller, prod(lease_s=30))
     assert (
@@ -176,6 +184,7 @@ def test_every_operation_that_is_not_public_wants_a_token(served: Served) -> Non
     "place",
     [
         "/streams",
+        "/gateways",
         "/health",
         "/hello",
         *(f"/actions/{name}" for name in ACTIONS),

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from scistream_flows.errors import NotFound, PolicyDenied, ScistreamError
+from scistream_flows.errors import GatewayUnreachable, NotFound, PolicyDenied, ScistreamError
 from scistream_flows.s2cs import S2CS, unix_owner
 
 Facility = Callable[..., S2CS]
@@ -212,12 +212,61 @@ def test_nobody_else_lists_or_ends_the_streams_of_others(facility: Facility, sit
     service.release(of(), owner=ALICE)
 
 
+def test_of_the_gateways_an_administrator_sees_all_and_others_their_own_share(
+    facility: Facility, site: Site
+) -> None:
+    limits = {"port_range": "41000-41999", "capacity_mbits_per_s": 1000, "connection_budget": 1000}
+    site("aps", limits, limits, administrators=[CAROL])
+    service = facility()
+    service.drain("gw2")
+    service.request(prod(num_conn=2, rate_mbits_per_s=300, monitors=[GROUP]), owner=ALICE)
+    service.request(prod(num_conn=3, rate_mbits_per_s=400), owner=BOB)
+    everything = service.load(owner=(CAROL, GROUP))
+    assert (everything.caller, everything.administrator) == (CAROL, True)
+    assert everything.gateways == service.gateways()
+    first, second = everything.gateways
+    assert (first.streams, first.listeners, first.connections, first.reserved_mbits_per_s) == (2, 5, 320, 700)
+    assert (first.ports, first.capacity_mbits_per_s, second.draining) == (1000, 1000, True)
+    for caller, share in ((BOB, (1, 3, 192, 400)), ((ALICE, "urn:x:linked"), (1, 2, 128, 300))):
+        seen = service.load(owner=caller)
+        (report,) = seen.gateways  # where the caller has nothing, there is nothing to see
+        assert not seen.administrator
+        assert (report.streams, report.listeners, report.connections, report.reserved_mbits_per_s) == share
+        assert (report.ports, report.connection_budget, report.capacity_mbits_per_s) == (0, 0, 0)
+    assert service.load(owner=("urn:x:monitor", GROUP)).gateways[0].streams == 1
+    assert service.load(owner="urn:x:stranger").gateways == []
+    service.evict()
+
+
+def test_why_a_gateway_does_not_answer_is_for_administrators(facility: Facility, site: Site) -> None:
+    site("aps", {}, administrators=[CAROL])
+    service = facility()
+    service.request(prod(), owner=ALICE)
+    why = GatewayUnreachable("the account scistream@10.1.2.3 is locked", which="gw1")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(service._silent, "gw1", (time.monotonic(), why))
+        (hers,) = service.load(owner=ALICE).gateways
+        (whole,) = service.load(owner=CAROL).gateways
+    assert (hers.answers, hers.message) == (False, None)
+    assert (whole.answers, whole.message) == (False, why.message)
+    service.evict()
+
+
+def test_a_development_facility_is_its_own_accounts(facility: Facility) -> None:
+    service = facility()
+    service.request(prod(), owner=ALICE)
+    assert service.load().administrator
+    assert len(service.list(EVERYTHING).streams) == 1
+    assert not service.load(owner=ALICE).administrator
+    service.evict()
+
+
 # --- administration of who holds the state directory
 
 
 def test_administration_is_no_verb(facility: Facility) -> None:
     service = facility()
-    for name in ("survey", "evict", "drain", "undrain", "gateways", "audit"):
+    for name in ("survey", "evict", "drain", "undrain", "gateways", "load", "audit"):
         assert service.answer(name, {"protocol": 1})["error"]["code"] == "bad-request", name
 
 
