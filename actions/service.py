@@ -63,7 +63,7 @@ def build(
         from fastapi import FastAPI
     except ImportError:
         raise MissingExtra("fastapi is not installed", which="fastapi", hint=_EXTRA) from None
-    from . import provider, rest
+    from . import page, provider, rest
     from .answers import Doorkeeper, answer_errors
 
     lifecycle = Lifecycle(service, auth=auth, records=records)
@@ -89,6 +89,7 @@ def build(
     for operation in OPERATIONS:
         app.include_router(provider.routes(operation, lifecycle=lifecycle, facility=service.config))
     app.include_router(rest.routes(service, auth=auth, base_url=base_url))
+    app.include_router(page.routes())
 
     @app.get("/health", tags=["health"], operation_id="health")
     async def health() -> dict[str, str]:

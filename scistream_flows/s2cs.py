@@ -356,7 +356,10 @@ class S2CS:
             hidden = {"message": None, "ports": 0, "connection_budget": 0, "capacity_mbits_per_s": 0}
             reports = [one.model_copy(update=hidden) for one in mine if one.streams]
         return GatewayListing(
-            facility=self.config.name, caller=caller[0], administrator=administrator, gateways=reports
+            facility=self.config.name,
+            caller=caller[0],
+            administrator=administrator,
+            gateways=list(reports),
         )
 
     def administers(self, caller: Sequence[str]) -> bool:

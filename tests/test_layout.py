@@ -43,6 +43,7 @@ ACTIONS = (
     "answers",
     "provider",
     "rest",
+    "page",
     "service",
     "endpoint",
     "console",

@@ -29,6 +29,9 @@ print(json.dumps({
     "definitions": sorted(
         one.name for one in importlib.resources.files("scistream_flows.actions").joinpath("definitions").iterdir()
     ),
+    "page": sorted(
+        one.name for one in importlib.resources.files("scistream_flows.actions").joinpath("pages").iterdir()
+    ),
     "s2ds": found,
     "version": json.loads(subprocess.run([found, "version", "--format", "json"], stdout=-1, check=True).stdout),
 }))
@@ -135,6 +138,7 @@ def assert_is_whole(binaries: Path, workshop: Workshop, *, actions_in: Path) -> 
     assert os.access(binaries / "s2ds", os.X_OK)
     assert_is_static(binaries / "s2ds")
     assert {"slices.json", "action-providers.json", "compute-only.json"} <= set(seen["definitions"])
+    assert {"operator.html", "operator.css", "operator.js", "icon.svg"} <= set(seen["page"])
     # the commands are there without any extra, and say which one they lack
     for command in (["s2cs", "--version"], ["s2cs", "init", "--help"], ["scistream-flows", "--version"]):
         done = run(binaries / command[0], *command[1:], cwd=neutral, env=workshop.env)
