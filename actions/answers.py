@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from http import HTTPStatus
 from typing import Any, Final
 
@@ -105,11 +105,19 @@ class Doorkeeper:
     Args:
         app: What comes after.
         hosts: What `Host` may say; None leaves it to TLS and the token.
+        note: Is told the pattern of the path, the method, the status and the seconds of each request.
     """
 
-    def __init__(self, app: ASGIApp, *, hosts: Collection[str] | None = None) -> None:
+    def __init__(
+        self,
+        app: ASGIApp,
+        *,
+        hosts: Collection[str] | None = None,
+        note: Callable[[str | None, str, int, float], None] = lambda *_: None,
+    ) -> None:
         self._app = app
         self._hosts = hosts
+        self._note = note
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Handle one request."""
@@ -137,13 +145,15 @@ class Doorkeeper:
         finally:
             client = (scope.get("client") or ("-",))[0]
             path = scope["path"].encode("unicode_escape").decode()
+            took_s = time.monotonic() - began
+            self._note(getattr(scope.get("route"), "path", None), scope["method"], status, took_s)
             log.info(
                 "%s %s %s %s %.0f ms",
                 client,
                 scope["method"],
                 path,
                 status or "-",
-                1000 * (time.monotonic() - began),
+                1000 * took_s,
             )
 
     def _refusal(self, headers: Headers) -> JSONResponse | None:

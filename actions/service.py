@@ -63,15 +63,17 @@ def build(
         from fastapi import FastAPI
     except ImportError:
         raise MissingExtra("fastapi is not installed", which="fastapi", hint=_EXTRA) from None
-    from . import page, provider, rest
+    from . import metrics, page, provider, rest
     from .answers import Doorkeeper, answer_errors
 
     lifecycle = Lifecycle(service, auth=auth, records=records)
+    figures = metrics.Metrics(service)
 
     @contextlib.asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
         to_thread.current_default_thread_limiter().total_tokens = THREADS
         yield
+        await to_thread.run_sync(figures.close)
         await to_thread.run_sync(lifecycle.close)
 
     app = FastAPI(
@@ -85,10 +87,11 @@ def build(
         redirect_slashes=False,
     )
     answer_errors(app)
-    app.add_middleware(Doorkeeper, hosts=hosts)
+    app.add_middleware(Doorkeeper, hosts=hosts, note=figures.note)
     for operation in OPERATIONS:
         app.include_router(provider.routes(operation, lifecycle=lifecycle, facility=service.config))
     app.include_router(rest.routes(service, auth=auth, base_url=base_url))
+    app.include_router(metrics.routes(figures, service=service, auth=auth))
     app.include_router(page.routes())
 
     @app.get("/health", tags=["health"], operation_id="health")

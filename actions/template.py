@@ -302,6 +302,10 @@ _SERVICE = """
 # From a Unix account to the Globus identity that owns what the account opens at the socket. Default: any account owns
 # it itself, as urn:scistream:unix:UID@HOST.
 #accounts = {{ beamline7 = "urn:globus:auth:identity:00000000-0000-4000-8000-000000000002" }}
+
+# A file that only its owner may read, with a bearer token that opens /metrics, for Prometheus, and nothing else.
+# Default: only administrators read these.
+#metrics_token_file = "/etc/scistream/metrics-token"
 """
 
 _GLOBUS = """

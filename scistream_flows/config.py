@@ -453,11 +453,14 @@ class ServiceConfig(_Table):
             ask there instead of acting by themselves. Nobody but the service may write in its directory.
         accounts: From the name of a Unix account to the Globus identity that owns what the account opens at the
             socket. Any other account owns it itself.
+        metrics_token_file: A file that only its owner may read, with a bearer token that opens `/metrics` and nothing
+            else. Without it, only administrators read these.
     """
 
     url: Annotated[str, AfterValidator(_service_url)] | None = None
     socket: AbsolutePath | None = None
     accounts: dict[Account, IdentityURN] = {}
+    metrics_token_file: OwnPath | None = None
 
     @model_validator(mode="after")
     def _accounts_come_by_the_socket(self) -> ServiceConfig:

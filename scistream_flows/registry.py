@@ -447,6 +447,29 @@ class Registry:
         except OSError as wrong:
             raise _unusable(self.state_dir, wrong) from wrong
 
+    def audit_from(self, position: int, *, most_bytes: int) -> tuple[list[dict[str, Any]], int]:
+        """The whole lines of `audit.jsonl` from a position on, of so many bytes, and the position after them.
+
+        Raises:
+            RegistryError: When the file cannot be read.
+        """
+        try:
+            with (self.state_dir / "audit.jsonl").open("rb") as file:
+                start = position if position <= os.fstat(file.fileno()).st_size else 0
+                file.seek(start)
+                whole = file.read(most_bytes).rpartition(b"\n")[0]
+        except FileNotFoundError:
+            return [], 0
+        except OSError as wrong:
+            raise _unusable(self.state_dir, wrong) from wrong
+        found = []
+        for line in whole.splitlines():
+            with contextlib.suppress(ValueError):
+                document = json.loads(line)
+                if isinstance(document, dict):
+                    found.append(document)
+        return found, start + len(whole) + bool(whole)
+
     def audit(self, event: str, key: Key | None, **details: Any) -> None:
         """Append one JSON line to `audit.jsonl` (0600): `at, event`, of a stream `owner, uid, role`, and the details.
 

@@ -505,10 +505,11 @@ class S2CS:
                 "drain" if draining else "undrain", None, owner=unix_owner(), gateway=gateway
             )
 
-    def gateways(self) -> Sequence[GatewayReport]:
-        """Every gateway: whether it answers just now, and what of it is booked."""
-        _each(partial(self._running, ask_anyway=True), [one.name for one in self.config.gateways])
-        self._sweep()
+    def gateways(self, *, ask: bool = True) -> Sequence[GatewayReport]:
+        """Every gateway: whether it answers, asked just now or as last heard of, and what of it is booked."""
+        if ask:
+            _each(partial(self._running, ask_anyway=True), [one.name for one in self.config.gateways])
+            self._sweep()
         return self._reports(lambda _: True)
 
     def _reports(self, wanted: Callable[[StreamRow], bool]) -> Sequence[GatewayReport]:
@@ -553,6 +554,13 @@ class S2CS:
                 continue
             if str(line.get("at", "")) >= earliest:
                 yield line
+
+    def audit_from(self, position: int, *, most_bytes: int) -> tuple[Sequence[Mapping[str, Any]], int]:
+        """The lines of the audit log from a position on, the first 0, and the position after them.
+
+        Where the log is shorter than that, it is another one, and is read from its beginning.
+        """
+        return self._registry.audit_from(position, most_bytes=most_bytes)
 
     # --- opening
 
@@ -922,7 +930,7 @@ class S2CS:
         try:
             yield
         except (PolicyDenied, CapacityExhausted) as denied:
-            self._registry.audit("deny", key, message=denied.message, which=denied.which)
+            self._registry.audit("deny", key, code=denied.code, message=denied.message, which=denied.which)
             raise
 
     def _living(self, stream: StreamRow) -> Sequence[RelayStatus]:
@@ -1133,7 +1141,13 @@ class S2CS:
         with contextlib.suppress(ScistreamError):
             by = {} if caller in (None, stream.key.owner) else {"caller": caller}
             self._registry.audit(
-                "close", stream.key, **by, state=end.state, reason=end.reason, bytes=end.bytes.model_dump()
+                "close",
+                stream.key,
+                **by,
+                relays=[row.relay_id for row in stream.relays],
+                state=end.state,
+                reason=end.reason,
+                bytes=end.bytes.model_dump(),
             )
         return closed
 

@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import TypeAlias
 
 import pytest
+import yaml
 from conftest import Application, certificate_for_loopback, connect_and_exchange
 from serving import LOCAL, TOML, serving
 
@@ -34,7 +35,7 @@ from scistream_flows.s2cs import S2CS
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = sorted((ROOT / "docs").glob("*.md"))
 BIN = Path(sys.executable).parent
-KINDS = {"sh", "python", "toml", "json", "ini", "text"}
+KINDS = {"sh", "python", "toml", "json", "yaml", "ini", "text"}
 EXTRAS = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
 
 # Commands that need what only the Globus cloud has. Here it is seen that they exist with these options; the test
@@ -193,6 +194,7 @@ def an_administrator(folder: Path) -> Iterator[Stage]:
             {
                 "UID": "scan-7",
                 "192.0.2.5 --port 443": "127.0.0.1 --port 0",
+                "/etc/scistream/metrics-token": str(folder.parent / "metrics-token"),
                 "chain.pem": str(chain),
                 "key.pem": str(key),
             },
@@ -263,6 +265,8 @@ def test_what_is_data_can_be_read(page: Path) -> None:
             tomllib.loads(text)
         elif kind == "json":
             json.loads(text)
+        elif kind == "yaml":
+            assert isinstance(yaml.safe_load(text), dict)
         elif kind == "ini":
             unit = configparser.ConfigParser(interpolation=None)
             unit.optionxform = str  # type: ignore[assignment, method-assign]  # as systemd has them

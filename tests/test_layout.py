@@ -43,6 +43,7 @@ ACTIONS = (
     "answers",
     "provider",
     "rest",
+    "metrics",
     "page",
     "service",
     "endpoint",
