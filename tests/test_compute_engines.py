@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import contextlib
 import gc
+import hashlib
 import os
 import signal
+import uuid
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -22,13 +24,15 @@ import pytest
 pytest.importorskip("globus_compute_sdk", reason="not installed: the extra compute")
 pytest.importorskip("globus_compute_endpoint", reason="not installed: globus-compute-endpoint")
 
+from globus_compute_sdk import Executor
+from globus_compute_sdk.sdk.executor import _RESULT_WATCHERS
 from standins.compute_cloud import ComputeCloud, Endpoint
 
-from scistream_flows import connect_facility
+from scistream_flows import NotFound, connect_facility, open_stream
 from scistream_flows.actions.endpoint import TEMPLATE, register, write_configuration
 from scistream_flows.compute import close_client, open_client
 from scistream_flows.config import load_facility
-from scistream_flows.facility import ComputeFacility
+from scistream_flows.facility import ComputeFacility, ExecutorFacility
 from scistream_flows.models import Release, Request, StatusQuery
 
 pytestmark = [
@@ -116,9 +120,11 @@ def deploy(
             monkeypatch.setenv(name, value)
         (tmp_path / "configuration").mkdir()
 
-        def deploy(engine: str, idle: str) -> Deployment:
+        def deploy(engine: str, idle: str, *, runs_anything: bool = False) -> Deployment:
             endpoint = Endpoint(tmp_path / "endpoints" / "aps", cloud)
             configure(endpoint.directory, engine, idle)
+            if runs_anything:
+                open_up(endpoint.directory)
             stack.enter_context(endpoint)
             facility = stack.enter_context(ComputeFacility(endpoint.id, deadline_s=50))
             made.append(Deployment(tmp_path, endpoint, facility, set()))
@@ -139,6 +145,14 @@ def deploy(
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", ResourceWarning)
         gc.collect()
+
+
+def open_up(directory: Path) -> None:
+    """Let an endpoint run whatever its user sends, as Globus Compute makes it."""
+    for name, restriction in (("config.yaml", "allowed_functions"), (TEMPLATE, "  allowed_serializers")):
+        kept, found, _ = (directory / name).read_text().partition(f"{restriction}:")
+        assert found  # to the end of the file
+        (directory / name).write_text(kept)
 
 
 def configure(directory: Path, engine: str, idle: str) -> None:
@@ -256,3 +270,28 @@ def test_an_endpoint_that_ends_when_it_is_idle_starts_again_and_finds_the_stream
     assert aps.user_endpoint() != user_endpoint
     assert aps.facility.release(Release(uid="open", role="PROD")).released
     assert relays_below(aps.base) == []
+
+
+def test_an_endpoint_of_ones_own_that_runs_anything_is_an_executor_as_any_other(
+    deploy: Callable[..., Deployment], application: Any, talk: Callable[[str, bytes], str]
+) -> None:
+    own = deploy(THREADS, ALWAYS_ON, runs_anything=True)
+    client = open_client()
+    group = uuid.uuid4()
+    executor = Executor(
+        own.endpoint.id, client=client, task_group_id=group, api_burst_limit=8, api_burst_window_s=1
+    )
+    try:
+        aps = ExecutorFacility(executor, facility="aps")
+        with open_stream(aps, "local:alcf", targets=[application.address], linger_s=0) as stream:
+            payload = os.urandom(300_000)
+            assert talk(stream.listeners[0], payload) == hashlib.sha256(application.payload).hexdigest()
+            end = stream.wait(60).check()
+        assert application.received == [hashlib.sha256(payload).hexdigest()]
+        assert min(end.prod.bytes.to_consumer, end.cons.bytes.to_consumer) >= len(application.payload)
+        with pytest.raises(NotFound):
+            aps.status(StatusQuery(uid="nobody", role="PROD"))
+    finally:
+        executor.shutdown()
+        _RESULT_WATCHERS[group].shutdown()  # the SDK keeps it until the process exits
+        close_client(client)

@@ -130,7 +130,12 @@ def test_two_accounts_cannot_touch_each_others_streams(
         # the same name is free for the other one, who knows nothing of the first
         assert ben.asks("status", stream)["error"]["code"] == "not-found"
         assert ben.asks("list", {})["value"]["streams"] == []
-        for verb, more in (("renew", {}), ("update", {"peers": []}), ("hello", {"targets": ["127.0.0.1:9"]})):
+        for verb, more in (
+            ("renew", {}),
+            ("update", {"peers": []}),
+            ("hello", {"targets": ["127.0.0.1:9"]}),
+            ("ticket", {}),
+        ):
             refused = ben.asks(verb, {**stream, **more})
             assert refused["error"]["code"] == "not-found", verb
             named = ben.asks(verb, {**stream, **more, "owner": IDENTITY})

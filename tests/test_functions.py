@@ -48,10 +48,27 @@ def parsl_workers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[E
         yield executor
 
 
-@pytest.fixture(params=["threads", "processes", "parsl"])
+@pytest.fixture
+def dask_workers(tmp_path: Path) -> Iterator[Executor]:
+    """A worker of Dask, which is another process, and its scheduler, which is here."""
+    distributed = pytest.importorskip("distributed", reason="not installed: the extra test")
+    with (
+        distributed.LocalCluster(
+            n_workers=1,
+            threads_per_worker=1,
+            dashboard_address=None,
+            local_directory=str(tmp_path / "dask"),
+        ) as cluster,
+        distributed.Client(cluster) as client,
+        client.get_executor() as executor,
+    ):
+        yield executor
+
+
+@pytest.fixture(params=["threads", "processes", "parsl", "dask"])
 def executor(request: pytest.FixtureRequest) -> Iterator[Executor]:
-    if request.param == "parsl":
-        yield request.getfixturevalue("parsl_workers")
+    if request.param in ("parsl", "dask"):
+        yield request.getfixturevalue(f"{request.param}_workers")
         return
     pool: Executor = ThreadPoolExecutor(2)
     if request.param == "processes":
@@ -159,6 +176,13 @@ def test_what_is_registered_is_short_source_text_that_runs_by_itself(verb: str) 
     exec(text, names)  # noqa: S102 - as a worker does with a function that came as text
     said = names[f"scistream_{verb}"](document(uid="nobody", role="PROD", surplus=1))
     assert said["error"]["code"] == "bad-request"
+
+
+def test_what_administrators_have_registered_and_allowed_stays_what_it_was() -> None:
+    texts = "".join(source(verb, facility="aps") for verb in sorted(VERBS))
+    assert hashlib.sha256(texts.encode()).hexdigest() == (
+        "108f0c0f5ef4aa952e4c47f232ee87fcbcc6aeb6a068e0fcf7d44dc3071b9759"
+    )
 
 
 def test_where_the_package_is_missing_the_function_says_so() -> None:
