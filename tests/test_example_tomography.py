@@ -50,7 +50,9 @@ def test_an_interrupted_scan_leaves_nothing(
     state_base: Path, tmp_path: Path, relays_below: Callable[..., list[int]]
 ) -> None:
     process = subprocess.Popen(
-        [sys.executable, SCRIPT, "--output", tmp_path / "out", "--rate", "1"], stderr=subprocess.PIPE
+        [sys.executable, SCRIPT, "--output", tmp_path / "out", "--rate", "1"],
+        stderr=subprocess.PIPE,
+        start_new_session=True,
     )
     try:
         deadline = time.monotonic() + 60
@@ -59,7 +61,7 @@ def test_an_interrupted_scan_leaves_nothing(
             assert time.monotonic() < deadline
             time.sleep(0.05)
         started = psutil.Process(process.pid).children(recursive=True)
-        process.send_signal(signal.SIGINT)
+        os.killpg(process.pid, signal.SIGINT)  # as a terminal does
         _, words = process.communicate(timeout=60)
     finally:
         process.kill()

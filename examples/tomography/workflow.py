@@ -24,6 +24,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from concurrent.futures import TimeoutError as FutureTimeout  # one of its own before Python 3.11
 from pathlib import Path
 from types import FrameType
 from typing import Any, NoReturn
@@ -31,6 +32,7 @@ from typing import Any, NoReturn
 import numpy as np
 import parsl
 from parsl import python_app
+from parsl.dataflow.errors import DependencyError
 from parsl.executors import HighThroughputExecutor
 from parsl.providers import LocalProvider
 from skimage.metrics import peak_signal_noise_ratio
@@ -43,7 +45,7 @@ from scistream_flows.models import Role, Status, StatusQuery
 from scistream_flows.parsl import streaming
 
 HERE = Path(__file__).resolve().parent
-PATIENCE_S = 120
+PATIENCE_S = 150
 
 
 def reconstruct(output: str, batch: int, stream: list[str] | None = None) -> dict[str, Any]:
@@ -91,11 +93,17 @@ def run(options: argparse.Namespace, folder: Path) -> tuple[dict[str, Any], byte
         address="127.0.0.1",
         loopback_address="127.0.0.1",
         max_workers_per_node=1,
+        # In a session of its own: Ctrl-C reaches this program only, which then stops the others in order. Parsl waits
+        # for ever for an interchange that Ctrl-C has ended.
+        interchange_launch_cmd=["setsid", "interchange.py"],
         provider=LocalProvider(init_blocks=1, min_blocks=1, max_blocks=1),
     )
     config = parsl.Config(run_dir=str(folder / "runs"), executors=[workers], initialize_logging=False)
     beamline = subprocess.Popen(
-        [sys.executable, HERE / "beamline.py", f"--rate={options.rate}"], stdout=subprocess.PIPE, text=True
+        [sys.executable, HERE / "beamline.py", f"--rate={options.rate}"],
+        stdout=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
     )
     try:
         assert beamline.stdout is not None
@@ -196,8 +204,13 @@ def main() -> int:
     with tempfile.TemporaryDirectory(prefix="scistream-tomography-") as folder:
         try:
             result, picture = run(options, Path(folder))
-        except (ScistreamError, parsl.errors.ParslError) as wrong:
-            print(wrong, file=sys.stderr)
+        except (ScistreamError, DependencyError) as wrong:
+            print(
+                wrong.__cause__ or wrong, file=sys.stderr
+            )  # why there was no stream is the cause of Parsl's error
+            return 1
+        except FutureTimeout:
+            print(f"the task has not ended within {PATIENCE_S} s", file=sys.stderr)
             return 1
         except KeyboardInterrupt:
             return 130
