@@ -15,12 +15,13 @@ import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import httpx
 import pytest
 
 pytest.importorskip("globus_compute_sdk", reason="not installed: the extra compute")
 pytest.importorskip("globus_compute_endpoint", reason="not installed: globus-compute-endpoint")
 
-from serving import serving
+from serving import Caller, serving
 from standins.compute_cloud import ComputeCloud, Endpoint
 
 from scistream_flows.actions.endpoint import set_up
@@ -81,6 +82,13 @@ def test_a_microscope_streams_from_an_endpoint_to(
         )
         assert done.returncode == 0, done.stderr
         said = json.loads(done.stdout)
+        if consumer == "an action provider":
+            # the environment's proxy is the way to the stand-in
+            http = facilities.enter_context(httpx.Client(timeout=30, trust_env=False))
+            caller = Caller(served, served.token, http)
+            for action in ("start", "status", "monitor", "release"):
+                ended = caller.ask("GET", f"/actions/{action}/actions?status=succeeded,failed")
+                assert {one["status"] for one in ended.json()} == {"SUCCEEDED"}, action
     assert said["verified"] == said["frames"] > 0
     assert said["producer_relay_bytes"] >= said["payload_bytes"] >= 1e8
     assert said["consumer_relay_bytes"] >= said["payload_bytes"]
