@@ -1,12 +1,15 @@
 # Each target does its own set-up (tools/setup) and is quick when that stands.
-# PYTHON=python3.12 make … uses another interpreter; ARGS=… is passed on to the demo or to pytest.
-.PHONY: demo test check docs wheel clean
+# PYTHON=python3.12 make … uses another interpreter; ARGS=… is passed on to the demo, to pytest or to the benchmark.
+.PHONY: demo test bench check docs wheel clean
 
 demo:
 	@tools/setup demo .venv/bin/python examples/demo/run.py $(ARGS)
 
 test:
 	@tools/setup demo,test .venv/bin/python -m pytest -m "not soak" $(ARGS)
+
+bench:
+	@tools/setup demo,test,bench env PYTHONPATH=tests .venv/bin/python -m benchmarks $(ARGS)
 
 check:
 	@tools/setup demo,test tools/check

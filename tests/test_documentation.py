@@ -24,6 +24,8 @@ from typing import TypeAlias
 
 import pytest
 import yaml
+from benchmarks import machine
+from benchmarks.results import Results
 from conftest import Application, certificate_for_loopback, connect_and_exchange
 from serving import LOCAL, TOML, serving
 
@@ -237,6 +239,32 @@ def the_runner(folder: Path) -> Iterator[Stage]:
         flow = render("slices", producer=producer, consumer=consumer)
         (folder.parent / "definition.json").write_text(json.dumps(flow.definition))
         yield played
+
+
+@stage("performance.md")
+def a_run_that_was(folder: Path) -> Iterator[Stage]:
+    """The benchmark takes minutes and has tests of its own; the report is written for real, into a copy."""
+    here = folder.parent
+    (here / "build" / "bench").mkdir(parents=True)
+    results = Results(
+        began="2026-01-01T00:00:00+00:00",
+        seconds=0,
+        full=False,
+        groups=(),
+        machine=machine.look(),
+        runs=(),
+    )
+    (here / "build" / "bench" / "results.json").write_text(results.model_dump_json())
+    shutil.copy(ROOT / "docs" / "performance.md", here)
+
+    def before(command: str) -> str:
+        if command.startswith("make"):
+            return f"{command} --directory {ROOT} --dry-run"
+        return f"{command} --document performance.md"
+
+    stands_for = {"PYTHONPATH=tests .venv/bin/python": f"PYTHONPATH={ROOT / 'tests'} {sys.executable}"}
+    yield Stage(stands_for, before=before)
+    assert "| kernel | Linux" in (here / "performance.md").read_text()
 
 
 def blocks(page: Path) -> list[tuple[str, str]]:

@@ -79,7 +79,7 @@ def test_no_cargo_is_one_sentence(machine: Path) -> None:
     assert "cargo was not found" in sentence(machine)
 
 
-@pytest.mark.parametrize("target", ["demo", "test", "check", "wheel"])
+@pytest.mark.parametrize("target", ["demo", "test", "bench", "check", "wheel"])
 def test_make_without_cargo_says_the_same_sentence(machine: Path, target: str) -> None:
     (machine / "cargo").unlink()
     assert "cargo was not found" in sentence(machine, "make", "--no-print-directory", target)

@@ -1,0 +1,377 @@
+"""The groups of cells that carry bytes: what is measured in which order, so that what is compared ran side by side."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import resource
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from subprocess import SubprocessError
+from typing import Final, Literal
+
+from network.topology import CommandError
+from relay.gateway import RefusedError
+
+from scistream_flows.errors import ScistreamError
+
+from . import processes
+from .chains import KINDS, NOBODY, OURS, Chain, Kind, Wish
+from .places import LOOPBACK, Place, namespaces
+from .results import Bulk, Carried, Connects, Failure, Group, Idle, Latency, Rate, Run, Slow, Way
+from .workload import Transfer, Workload, WorkloadError, load_average
+
+SPARE_DESCRIPTORS: Final = 300
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How much of it.
+
+    Attributes:
+        elsewhere_kinds: What is measured with one hop and between namespaces.
+        seconds: Of one transfer: so long that what 64 connections cost at their ends does not count.
+        short_s: Of round trips, and of connections one after the other.
+        rates_mbits_per_s: For streams with a rate.
+        rate_s: Of one transfer of these: longer than a second by what the first half second and some windows take.
+        idle: How many connections say nothing.
+        users_connections: Active ones, as root and as a user without privileges.
+        ways: How the producer's facility is reached.
+        openings: Streams opened in each way; `compute` has fewer.
+        at_once, cycles, waiting: See results.Many.
+    """
+
+    full: bool = False
+    kinds: tuple[str, ...] = tuple(KINDS)
+    elsewhere_kinds: tuple[str, ...] = tuple(KINDS)
+    rounds: int = 3
+    seconds: float = 0.6
+    short_s: float = 0.3
+    connections: tuple[int, ...] = (1, 5, 16, 64)
+    elsewhere: tuple[int, ...] = (1, 16)
+    at_once_connects: int = 32
+    idle: tuple[int, ...] = (2000,)
+    slow_s: float = 1.2
+    users_connections: int = 200
+    rates_mbits_per_s: tuple[int, ...] = (10, 100, 1000)
+    rate_s: float = 2.2
+    rate_rounds: int = 1
+    ways: tuple[Way, ...] = ("local", "actions", "compute", "ssh")
+    openings: int = 20
+    compute_openings: int = 5
+    at_once: int = 100
+    cycles: int = 50
+    waiting: int = 50
+
+
+QUICK: Final = Plan(
+    kinds=tuple(kind.name for kind in KINDS.values() if kind.quick),
+    elsewhere_kinds=("direct", *OURS, "haproxy-expert", "haproxy-scistream", "stunnel"),
+)
+FULL: Final = Plan(
+    full=True,
+    rounds=6,
+    seconds=2.0,
+    short_s=2.0,
+    elsewhere=(1, 5, 16, 64),
+    idle=(2000, 10_000),
+    slow_s=5.0,
+    rates_mbits_per_s=(10, 100, 1000, 3000, 10_000),
+    rate_s=6.0,
+    rate_rounds=3,
+    openings=50,
+    compute_openings=50,
+    cycles=1000,
+    waiting=1000,
+)
+
+
+# What can be wrong with a cell, with the machine or with a relay; what is wrong with this program is none of it.
+FAULTS: Final = (
+    AssertionError,
+    CommandError,
+    OSError,
+    RefusedError,
+    RuntimeError,
+    ScistreamError,
+    SubprocessError,
+    WorkloadError,
+)
+
+
+@dataclass
+class Bench:
+    """A run in the making; `say` is told what is being measured."""
+
+    plan: Plan
+    say: Callable[[str], object]
+    runs: list[Run] = field(default_factory=list)
+    failures: list[Failure] = field(default_factory=list)
+
+    @contextlib.contextmanager
+    def cell(self, name: str) -> Iterator[None]:
+        """One cell: what goes wrong in it is written down, and the run goes on."""
+        self.say(name)
+        try:
+            yield
+        except FAULTS as error:
+            self.failures.append(Failure(cell=name, error=f"{type(error).__name__}: {error}"[:600]))
+            self.say(f"{name}: {error}")
+
+    def kinds(self, *, hops: int, names: Iterable[str] | None = None) -> list[Kind]:
+        """The relays that this plan has and this machine too; `direct` with every length."""
+        wanted = set(self.plan.kinds if names is None else names) & set(self.plan.kinds)
+        return [
+            kind
+            for kind in KINDS.values()
+            if kind.name in wanted and not kind.missing() and (hops in kind.hops or kind.hops == (0,))
+        ]
+
+    def turns(self, kinds: Sequence[Kind]) -> Iterator[tuple[int, Kind]]:
+        """Every round, every relay in it once; each round begins with another one."""
+        for number in range(self.plan.rounds):
+            shift = number * len(kinds) // self.plan.rounds
+            for kind in (*kinds[shift:], *kinds[:shift]):
+                yield number, kind
+
+
+def names_of(kinds: Iterable[str], *, without: Iterable[str]) -> list[str]:
+    return [name for name in kinds if name not in set(without)]
+
+
+@contextlib.contextmanager
+def standing(bench: Bench, kinds: Sequence[Kind], wish: Wish) -> Iterator[Mapping[str, Chain]]:
+    """A chain of each kind while the block runs: those that wait their turn cost nothing."""
+    chains: dict[str, Chain] = {}
+    with contextlib.ExitStack() as stack:
+        for kind in kinds:
+            with bench.cell(f"start {kind.name}, {wish.hops} hops, {wish.place.name}"):
+                chains[kind.name] = stack.enter_context(kind.start(wish))
+        yield chains
+
+
+def bulk(bench: Bench) -> None:
+    """All that goes through: two hops and one on loopback, two between namespaces."""
+    plan = bench.plan
+    _bulk_at(bench, LOOPBACK, 2, plan.connections, bench.kinds(hops=2))
+    _bulk_at(bench, LOOPBACK, 1, plan.elsewhere, bench.kinds(hops=1, names=plan.elsewhere_kinds))
+    with bench.cell("namespaces"), namespaces() as place:
+        # no host forwards: there is no way without relays
+        kinds = bench.kinds(hops=2, names=names_of(plan.elsewhere_kinds, without=("direct",)))
+        _bulk_at(bench, place, 2, plan.elsewhere, kinds)
+
+
+def _bulk_at(bench: Bench, place: Place, hops: int, counts: Sequence[int], kinds: Sequence[Kind]) -> None:
+    with _workload(place) as load, standing(bench, kinds, Wish(place, load.target, hops=hops)) as chains:
+        for connections in counts:
+            for number, kind in bench.turns(kinds):
+                if kind.name not in chains:
+                    continue
+                name = f"bulk {kind.name}, {hops} hops, {place.name}, {connections} connections"
+                with bench.cell(name):
+                    frame = Carried(
+                        relay=kind.name,
+                        hops=hops,
+                        network=place.name,
+                        connections=connections,
+                        round=number,
+                        load_average=load_average(),
+                    )
+                    done = load.transfer(chains[kind.name], connections, duration_s=bench.plan.seconds)
+                    bench.runs.append(_as_bulk(frame, done))
+
+
+def _as_bulk(frame: Carried, done: Transfer, group: Literal["bulk", "unprivileged"] = "bulk") -> Bulk:
+    return Bulk(
+        **frame.model_dump(),
+        group=group,
+        bytes=done.bytes,
+        seconds=done.seconds,
+        bits_per_s=done.bits_per_s,
+        relay_cpu_s_per_gb=done.relay_cpu_s / done.gb,
+        load_cpu_s_per_gb=done.load_cpu_s / done.gb,
+        samples=done.samples,
+        rss_bytes=done.rss_bytes,
+    )
+
+
+@contextlib.contextmanager
+def _workload(place: Place) -> Iterator[Workload]:
+    load = Workload(place)
+    try:
+        yield load
+    finally:
+        load.close()
+
+
+def _two_hops(
+    bench: Bench,
+    kinds: Sequence[Kind],
+    title: str,
+    connections: int,
+    measure: Callable[[Workload, Chain, Carried], Run],
+) -> None:
+    """A group on loopback, over chains that stand all the time."""
+    with _workload(LOOPBACK) as load, standing(bench, kinds, Wish(LOOPBACK, load.target)) as chains:
+        for number, kind in bench.turns(kinds):
+            if kind.name in chains:
+                with bench.cell(f"{title} {kind.name}"):
+                    frame = Carried(
+                        relay=kind.name,
+                        hops=2,
+                        connections=connections,
+                        round=number,
+                        load_average=load_average(),
+                    )
+                    bench.runs.append(measure(load, chains[kind.name], frame))
+
+
+def latency(bench: Bench) -> None:
+    """Round trips of 64 bytes."""
+
+    def measure(load: Workload, chain: Chain, frame: Carried) -> Run:
+        return Latency(**frame.model_dump(), **load.round_trips(chain, duration_s=bench.plan.short_s))
+
+    _two_hops(bench, bench.kinds(hops=2), "latency", 1, measure)
+
+
+def connects(bench: Bench) -> None:
+    """Connections per second."""
+    at_once = bench.plan.at_once_connects
+
+    def measure(load: Workload, chain: Chain, frame: Carried) -> Run:
+        count, seconds = load.connects(chain, at_once, duration_s=bench.plan.short_s)
+        return Connects(**frame.model_dump(), count=count, per_s=count / seconds)
+
+    _two_hops(bench, bench.kinds(hops=2), "connects", at_once, measure)
+
+
+def slow(bench: Bench) -> None:
+    """A consumer that hardly reads."""
+
+    def measure(load: Workload, chain: Chain, frame: Carried) -> Run:
+        done = load.transfer(chain, 16, duration_s=bench.plan.slow_s, slow_s=bench.plan.slow_s)
+        later = done.rss_while_slow[len(done.rss_while_slow) // 3 :]
+        return Slow(
+            **frame.model_dump(),
+            bytes=done.bytes,
+            rss_before_bytes=done.rss_before_bytes,
+            rss_early_bytes=later[0],
+            rss_bytes=max(later),
+        )
+
+    names = names_of(bench.plan.kinds, without=("direct", "socat", "socat-256k", "nginx-256k"))
+    kinds = bench.kinds(hops=2, names=names)
+    once = Bench(replace(bench.plan, rounds=1), bench.say, bench.runs, bench.failures)
+    _two_hops(once, kinds, "slow consumer", 16, measure)
+
+
+def idle(bench: Bench) -> None:
+    """Thousands of connections that say nothing; each relay has them alone, and is new."""
+    kinds = [one for one in bench.kinds(hops=2) if one.idle and one.name != "direct"]
+    for wanted in bench.plan.idle:
+        count = min(wanted, most_connections())
+        for kind in kinds:
+            with bench.cell(f"idle {kind.name}, {count} connections"), _workload(LOOPBACK) as load:
+                wish = Wish(LOOPBACK, load.target, connections=count + 8)
+                with kind.start(wish) as chain:
+                    bench.runs.append(_idle(load, chain, kind.name, count))
+
+
+def _idle(load: Workload, chain: Chain, name: str, count: int) -> Idle:
+    family = chain.family()
+    before, had, average = processes.rss_bytes(family), processes.descriptors(family), load_average()
+    with load.holding(chain, count) as seconds:
+        family = chain.family()
+        descriptors = processes.descriptors(family) - had
+        rss = processes.rss_bytes(family)
+    return Idle(
+        relay=name,
+        hops=2,
+        connections=count,
+        round=0,
+        load_average=average,
+        descriptors=descriptors / 2 / count,
+        rss_bytes=rss,
+        rss_before_bytes=before,
+        seconds=seconds,
+    )
+
+
+def most_connections() -> int:
+    """How many a relay can hold, two descriptors for each, within the limit that a process has here."""
+    return (resource.getrlimit(resource.RLIMIT_NOFILE)[1] - SPARE_DESCRIPTORS) // 2
+
+
+def unprivileged(bench: Bench) -> None:
+    """Many active connections, as root and as a user whose pipes are limited."""
+    if os.geteuid() != 0:
+        bench.failures.append(Failure(cell="unprivileged", error="only root can be somebody else"))
+        return
+    users = {"none, as root": None, "none, unprivileged": NOBODY}
+    count = bench.plan.users_connections
+    with _workload(LOOPBACK) as load, contextlib.ExitStack() as stack:
+        start = KINDS["none"].start
+        chains = {
+            name: stack.enter_context(start(Wish(LOOPBACK, load.target, connections=count + 8, user=user)))
+            for name, user in users.items()
+        }
+        for number in range(bench.plan.rounds):
+            for name, chain in chains.items() if number % 2 else reversed(chains.items()):
+                with bench.cell(f"unprivileged {name}"):
+                    frame = Carried(
+                        relay=name, hops=2, connections=count, round=number, load_average=load_average()
+                    )
+                    done = load.transfer(chain, count, duration_s=bench.plan.seconds)
+                    bench.runs.append(_as_bulk(frame, done, "unprivileged"))
+
+
+def rate(bench: Bench) -> None:
+    """Streams with a rate: how well it is kept, what it costs beside the producer's own pacing, and who gets it."""
+    plan = bench.plan
+    for mode in OURS if plan.full else ("none",):
+        for asked in plan.rates_mbits_per_s:
+            for by, number, connections in (
+                *((by, number, 1) for number in range(plan.rate_rounds) for by in ("relay", "producer")),
+                ("relay", 0, 8),
+            ):
+                idle_ones = connections - 1
+                name = f"rate {asked} Mbit/s by {by}, {mode}, {connections} connections"
+                with bench.cell(name), _workload(LOOPBACK) as load:
+                    limit = asked if by == "relay" else 0
+                    with KINDS[mode].start(Wish(LOOPBACK, load.target, rate_mbits_per_s=limit)) as chain:
+                        average = load_average()
+                        done = load.transfer(
+                            chain,
+                            connections,
+                            duration_s=plan.rate_s,
+                            idle=idle_ones,
+                            timeline=True,
+                            pacing_bits_per_s=0 if limit else asked * 1e6,
+                        )
+                        bench.runs.append(
+                            Rate(
+                                relay=mode,
+                                hops=2,
+                                connections=connections,
+                                round=number,
+                                load_average=average,
+                                asked_bits_per_s=asked * 1_000_000,
+                                by="relay" if limit else "producer",
+                                bits_per_s=done.settled_bits_per_s,
+                                off=done.off(asked * 1e6),
+                                idle=idle_ones,
+                                relay_cpu_s_per_gb=done.relay_cpu_s / done.gb,
+                            )
+                        )
+
+
+CARRYING: Mapping[Group, Callable[[Bench], None]] = {
+    "bulk": bulk,
+    "latency": latency,
+    "connects": connects,
+    "idle": idle,
+    "slow": slow,
+    "unprivileged": unprivileged,
+    "rate": rate,
+}
