@@ -72,7 +72,7 @@ fn converse(mut stream: UnixStream, request: &Value) -> Result<Value, Refusal> {
         Err(error) if error.kind() == std::io::ErrorKind::WouldBlock => {
             let Some(process) = process.filter(|_| stops) else {
                 return Err(Refusal::new(
-                    "io",
+                    "silent",
                     "the relay does not answer: it is frozen or the machine is overloaded",
                 ));
             };
