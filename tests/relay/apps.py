@@ -124,6 +124,10 @@ class Task(Generic[T]):
             raise self._error
         return self._answer[0]
 
+    def is_done(self) -> bool:
+        """Whether it has come to its end."""
+        return not self._thread.is_alive()
+
     def abandon(self) -> None:
         """Waits for the end without an interest in how."""
         self._thread.join(DEADLINE_S)
@@ -200,6 +204,13 @@ class Applications:
         assert arrived.result() == there.digest()
         for sender in senders:
             sender.result()
+
+    def forget(self, *connections: socket.socket) -> None:
+        """Closes these now: a test of many would keep them all until its end. Tasks that are done go as well."""
+        for connection in connections:
+            self._sockets.remove(connection)
+            connection.close()
+        self._tasks = [task for task in self._tasks if not task.is_done()]
 
     def close(self) -> None:
         for connection in self._sockets:
