@@ -270,7 +270,7 @@ def lives(config: pytest.Config, *, examples: int, steps: int) -> None:
 
 def test_whatever_verbs_come_a_service_answers_as_the_model_does(request: pytest.FixtureRequest) -> None:
     """Any verb of any of two owners, at any time, and relays killed: a few lives."""
-    lives(request.config, examples=8, steps=25)
+    lives(request.config, examples=6, steps=25)
 
 
 @pytest.mark.chaos
