@@ -19,18 +19,7 @@ import click
 from click.core import ParameterSource
 
 from scistream_flows import __version__
-from scistream_flows.config import SYSTEM_CONFIG, FacilityConfig, config_folders, load_facility
-from scistream_flows.errors import (
-    BadRequest,
-    ConfigError,
-    MissingExtra,
-    NotFound,
-    ScistreamError,
-    WaitTimeout,
-)
-from scistream_flows.models import UID_PATTERN, Released, Role
-
-from .console import (
+from scistream_flows.cli.console import (
     SETTINGS,
     Span,
     in_time,
@@ -43,6 +32,18 @@ from .console import (
     run,
     say,
 )
+from scistream_flows.cli.listing import end_in_words, put_streams
+from scistream_flows.config import SYSTEM_CONFIG, FacilityConfig, config_folders, load_facility
+from scistream_flows.errors import (
+    BadRequest,
+    ConfigError,
+    MissingExtra,
+    NotFound,
+    ScistreamError,
+    WaitTimeout,
+)
+from scistream_flows.models import UID_PATTERN, Released, Role
+
 from .settings import Settings, common, configured_facilities, with_settings
 from .template import Place, template, write
 
@@ -369,32 +370,7 @@ def list_(settings: Settings, owner: str | None, *, ended: bool) -> None:
     if not listing.streams:
         say(f"facility {listing.facility} has no streams")
         return
-    headings = ("UID", "ROLE", "STATE", "MODE", "TO CONSUMER", "TO PRODUCER", "CONNECTIONS", "LEASE")
-    put_table(
-        [*headings, "LIMITED BY", "GATEWAYS", "OWNER"],
-        [_row(one) for one in sorted(listing.streams, key=lambda one: (one.uid, one.owner, one.role))],
-    )
-    for one in listing.streams:
-        if one.message and not one.ended:
-            say(plain(f"{one.uid} ({one.role}): {one.message}"))
-
-
-def _row(status: Status) -> Sequence[str]:
-    over = status.ended
-    gateways = dict.fromkeys(relay.gateway for relay in status.relays if relay.gateway)
-    return [
-        status.uid,
-        status.role,
-        f"{status.state} {status.reason}" if status.reason else status.state,
-        status.mode,
-        "-" if over else in_units(status.bits_per_s.to_consumer, "bit/s"),
-        "-" if over else in_units(status.bits_per_s.to_producer, "bit/s"),
-        "-" if over else str(status.connections.active),
-        "-" if over or status.lease_remaining_s is None else in_time(status.lease_remaining_s),
-        (status.limiting.leg or "-").replace("_", " ") if status.limiting and not over else "-",
-        ",".join(gateways) or "-",
-        status.owner,
-    ]
+    put_streams(listing.streams)
 
 
 @s2cs.command()
@@ -494,14 +470,9 @@ def _release(
 
 
 def _end_in_words(released: Released) -> str:
-    side = f"{released.uid} ({released.role})"
     if released.end is None:
-        return f"{side} had ended"
-    there, back = released.end.bytes.to_consumer, released.end.bytes.to_producer
-    return (
-        f"{side} of {released.end.owner} has ended: {in_units(there, 'B')} to the consumer,"
-        f" {in_units(back, 'B')} to the producer"
-    )
+        return f"{released.uid} ({released.role}) had ended"
+    return end_in_words(released.end)
 
 
 # --- audit

@@ -24,11 +24,10 @@ from rich.spinner import Spinner
 from rich.text import Text
 
 from scistream_flows import __version__
+from scistream_flows.cli.console import CANCELLED, SETTINGS, plain, put, put_document, say, show_debugging
+from scistream_flows.cli.console import run as run_command
 from scistream_flows.errors import BadRequest, MissingExtra
 from scistream_flows.tokens import Tokens
-
-from .console import CANCELLED, SETTINGS, plain, put, put_document, say, show_debugging
-from .console import run as run_command
 
 if TYPE_CHECKING:
     from .render import FlowDocument

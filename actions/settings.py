@@ -13,10 +13,9 @@ from typing import TYPE_CHECKING, Any, Literal, TypeVar
 import click
 from click.core import ParameterSource
 
+from scistream_flows.cli.console import show_debugging
 from scistream_flows.config import FacilityConfig, config_folders, load_facility, tomllib
 from scistream_flows.errors import ConfigError
-
-from .console import show_debugging
 
 if TYPE_CHECKING:
     from scistream_flows.s2cs import S2CS

@@ -20,7 +20,7 @@ from typing import Any, TypeAlias
 import pytest
 
 from scistream_flows import open_stream
-from scistream_flows.actions.console import in_time, in_units
+from scistream_flows.cli.console import in_time, in_units
 from scistream_flows.config import load_facility
 from scistream_flows.errors import CapacityExhausted, NotFound
 from scistream_flows.models import Offer

@@ -27,10 +27,24 @@ LIFE = (
     "hello",
     "facility",
     "stream",
+    "cli",
     "parsl",
     "notebook",
     "diagnosis",
     "doctor",
+)
+
+# The package of the commands, in this order.
+CLI = (
+    "console",
+    "listing",
+    "answer",
+    "pin",
+    "ledger",
+    "login",
+    "place",
+    "session",
+    "s2uc",
 )
 
 # The same for what is installed as scistream_flows.actions.
@@ -47,7 +61,6 @@ ACTIONS = (
     "page",
     "service",
     "endpoint",
-    "console",
     "settings",
     "template",
     "administration",
@@ -62,8 +75,8 @@ ACTIONS = (
 )
 
 
-def imported(path: Path) -> set[str]:
-    """The modules of the package that a file imports, wherever in the file."""
+def imported(path: Path, *, below: str = "scistream_flows") -> set[str]:
+    """The modules of a package that a file imports, wherever in the file."""
     found = set()
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.ImportFrom) and node.module:
@@ -72,17 +85,29 @@ def imported(path: Path) -> set[str]:
             names = [name.name for name in node.names]
         else:
             continue
-        found |= {name.split(".")[1] for name in names if name.startswith("scistream_flows.")}
+        found |= {
+            name.removeprefix(f"{below}.").split(".")[0] for name in names if name.startswith(f"{below}.")
+        }
     return found
 
 
 def test_every_module_has_its_place_in_the_life_of_a_stream() -> None:
-    assert {path.stem for path in PACKAGE.glob("*.py")} == {*LIFE, "__init__"}
+    assert {path.stem for path in PACKAGE.glob("*.py")} == {*LIFE, "__init__"} - {"cli"}
+    assert {path.stem for path in (PACKAGE / "cli").glob("*.py")} == {*CLI, "__init__"}
 
 
 def test_a_module_imports_only_those_before_it() -> None:
     for place, name in enumerate(LIFE):
-        later = (imported(PACKAGE / f"{name}.py") & set(LIFE)) - set(LIFE[:place]) - {name}
+        files = [PACKAGE / f"{name}.py"] if name != "cli" else (PACKAGE / "cli").glob("*.py")
+        for file in files:
+            later = (imported(file) & set(LIFE)) - set(LIFE[:place]) - {name}
+            assert not later, f"{file.stem} imports {', '.join(sorted(later))}, which come later"
+
+
+def test_a_module_of_the_commands_imports_only_siblings_before_it() -> None:
+    for place, name in enumerate(CLI):
+        found = imported(PACKAGE / "cli" / f"{name}.py", below="scistream_flows.cli")
+        later = found - set(CLI[:place])
         assert not later, f"{name} imports {', '.join(sorted(later))}, which come later"
 
 
@@ -101,7 +126,7 @@ def test_a_module_of_the_actions_imports_only_siblings_before_it() -> None:
 
 
 def test_nothing_in_the_package_imports_the_actions() -> None:
-    for path in PACKAGE.glob("*.py"):
+    for path in PACKAGE.rglob("*.py"):
         assert "actions" not in imported(path), path.name
 
 

@@ -10,12 +10,14 @@ import json
 import logging
 import os
 import re
+import signal
 import sys
 import traceback
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Final, NoReturn, Protocol
 
 import click
+from click.shell_completion import get_completion_class
 from rich.console import Console
 from rich.measure import Measurement
 from rich.status import Status
@@ -90,6 +92,30 @@ def run(command: click.Command, *, name: str, asked: Asked) -> NoReturn:
         words = f"{type(wrong).__name__}: {wrong}".splitlines()[0]
         code = _complain(name, words, "This is a defect: please report what --debug says", 1)
     sys.exit(code if isinstance(code, int) else 0)
+
+
+def interrupted_by_sigterm() -> None:
+    """SIGTERM, such as `timeout` sends it, ends a command as Ctrl-C does: what it has half done is taken back."""
+
+    def interrupt(*_: object) -> NoReturn:
+        raise KeyboardInterrupt
+
+    signal.signal(signal.SIGTERM, interrupt)
+
+
+def completion(command: click.Group, *, name: str) -> click.Command:
+    """A command that prints what a shell needs to complete the words of `command`."""
+
+    @click.command("completion")
+    @click.argument("shell", type=click.Choice(["bash", "zsh", "fish"]))
+    def complete(shell: str) -> None:
+        """Print the completion script for SHELL: `eval "$(NAME completion bash)"`."""
+        found = get_completion_class(shell)
+        if found is None:
+            raise click.UsageError(f"there is no completion for {shell}")
+        click.echo(found(command, {}, name, f"_{name.replace('-', '_').upper()}_COMPLETE").source())
+
+    return complete
 
 
 def _complain(name: str, message: str, hint: str, code: int) -> int:
