@@ -44,7 +44,14 @@ CLI = (
     "login",
     "place",
     "session",
+    "live",
+    "options",
+    "account",
+    "request",
+    "view",
+    "hold",
     "s2uc",
+    "appctrl",
 )
 
 # The same for what is installed as scistream_flows.actions.

@@ -2,23 +2,20 @@
 
 from __future__ import annotations
 
-import contextlib
-import hashlib
 import json
-import os
 import re
 import signal
 import stat
-import subprocess
 import sys
 import time
 import uuid
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, NamedTuple, TypeAlias
+from typing import Any, TypeAlias
 
 import pytest
-from serving import Served, serving
+from serving import Served
+from users import Site, released, sha, two_facilities, user_of
 
 from scistream_flows.cli.console import run
 from scistream_flows.cli.ledger import Entry, Ledger, Place
@@ -30,7 +27,6 @@ from scistream_flows.facility import RestFacility
 from scistream_flows.models import Hello, Offer, Peer, Release, read
 from scistream_flows.s2cs import S2CS
 
-COMMAND = (sys.executable, "-W", "error", "-c", "from scistream_flows.cli.s2uc import main; main()")
 MOCK_UID = "4f8583bc-a4d3-11ee-9fd6-034d1fcbd7c3"
 
 # As the scripts of StreamHub and of the tutorial find what they need; the first is 1.2.1, the rest what came before.
@@ -41,85 +37,26 @@ UID_LINE = re.compile(r"^([a-f0-9-]{36})\s+(\S+) - (PROD|CONS)$", re.MULTILINE)
 UID_OF_STREAMHUB = re.compile(r"^([a-f0-9-]{36})\s+.*INVALID_TOKEN PROD", re.MULTILINE)
 
 Talk: TypeAlias = Callable[[str, bytes], str]
-Done: TypeAlias = "subprocess.CompletedProcess[str]"
 
 pytestmark = pytest.mark.timeout(100)
 
 
-class Site(NamedTuple):
-    """The pair of services, and how their user runs the command."""
-
-    prod: str
-    cons: str
-    served: tuple[Served, Served]
-    environment: dict[str, str]
-
-    def s2uc(self, *arguments: object, given: str = "", **variables: str) -> Done:
-        return subprocess.run(
-            [*COMMAND, *map(str, arguments)],
-            input=given,
-            env=self.environment | variables,
-            capture_output=True,
-            text=True,
-            timeout=60,
-        )
-
-    def begin(self, *arguments: object, **variables: str) -> subprocess.Popen[str]:
-        return subprocess.Popen(
-            [*COMMAND, *map(str, arguments)],
-            env=self.environment | variables,
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-
-    def document(self, *arguments: object, **variables: str) -> dict[str, Any]:
-        done = self.s2uc(*arguments, "--format", "json", **variables)
-        assert done.returncode == 0, done.stderr
-        said: dict[str, Any] = json.loads(done.stdout)
-        return said
-
-    def inbound(self, target: str, *more: object, **variables: str) -> dict[str, Any]:
-        host, _, port = target.rpartition(":")
-        given = ("--remote-ip", host, "--receiver-ports", port, "--num-conn", 1, "--s2cs", self.prod)
-        return self.document("inbound-request", *given, *more, **variables)
-
-    def outbound(self, uid: str, listeners: str, *more: object, **variables: str) -> Done:
-        given = (uid, listeners, "--num-conn", 1, "--s2cs", self.cons)
-        return self.s2uc("outbound-request", *given, *more, **variables)
-
-
 @pytest.fixture(scope="module")
-def pair(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Path, Served, Served]]:
+def pair(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Path, tuple[Served, Served]]]:
     base = tmp_path_factory.mktemp("pair")
-    with serving(base, "aps", development=True) as aps, serving(base, "alcf", development=True) as alcf:
-        yield base, aps, alcf
+    with two_facilities(base) as served:
+        yield base, served
 
 
 @pytest.fixture
 def site(
-    pair: tuple[Path, Served, Served], tmp_path: Path, relays_below: Callable[..., list[int]]
+    pair: tuple[Path, tuple[Served, Served]], tmp_path: Path, relays_below: Callable[..., list[int]]
 ) -> Iterator[Site]:
-    """A user with a directory of his own. After the test he has no stream, and no relay runs."""
-    base, aps, alcf = pair
-    clean = {key: value for key, value in os.environ.items() if not key.startswith(("SCISTREAM_", "S2UC_"))}
-    clean |= {"SCISTREAM_STATE_DIR": str(base), "SCISTREAM_CONFIG_DIR": str(tmp_path / "config")}
-    yield Site(aps.url.removeprefix("http://"), alcf.url.removeprefix("http://"), (aps, alcf), clean)
+    """A user with a directory of his own. After the test he has no stream, no relay runs, and no token is kept."""
+    base, served = pair
+    yield user_of(served, base, config=tmp_path / "config")
     assert relays_below(base, patience_s=5) == []
-    assert aps.token not in "".join(one.read_text() for one in tmp_path.rglob("*.json"))
-
-
-@contextlib.contextmanager
-def released(site: Site, uid: str) -> Iterator[None]:
-    try:
-        yield
-    finally:
-        assert site.s2uc("release", uid).returncode == 0
-
-
-def sha(data: bytes) -> str:
-    return hashlib.sha256(data).hexdigest()
+    assert served[0].token not in "".join(one.read_text() for one in tmp_path.rglob("*.json"))
 
 
 # --- a session of the user guide

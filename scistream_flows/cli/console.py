@@ -1,6 +1,6 @@
 """What our commands have in common: how errors, Ctrl-C, tables, units and spellings look. No command is here.
 
-It imports only `errors`, so that every command can use it.
+It imports only `errors` and `models`, so that every command can use it.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ from rich.table import Table
 from rich.text import Text
 
 from scistream_flows.errors import PROTOCOL, ScistreamError
+from scistream_flows.models import UID_PATTERN
 
 CANCELLED: Final = 130
 """The exit code after Ctrl-C: 128 and the number of SIGINT."""
@@ -201,7 +202,23 @@ def _colour() -> bool | None:
     return False if os.environ.get("NO_COLOR") else None  # None: as the terminal can
 
 
-# --- units
+# --- what words mean
+
+
+class StreamName(click.ParamType):
+    """The uid of a stream."""
+
+    name = "uid"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:
+        """The uid that `value` is."""
+        if not re.fullmatch(UID_PATTERN, str(value)):
+            self.fail(
+                f"{value!r} is no uid: letters, digits, '_', '-' and '.', 64 at most, the first a letter or digit",
+                param,
+                ctx,
+            )
+        return str(value)
 
 
 class Span(click.ParamType):
