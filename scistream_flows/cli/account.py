@@ -8,6 +8,7 @@ from scistream_flows.cli.answer import Form
 from scistream_flows.cli.console import put, put_document, say
 from scistream_flows.cli.login import CLIENT_VARIABLE, Logins, ask_for_code, masked
 from scistream_flows.cli.options import format_option
+from scistream_flows.cli.place import place
 from scistream_flows.errors import Unauthenticated
 
 
@@ -28,9 +29,14 @@ from scistream_flows.errors import Unauthenticated
     metavar="UUID",
     help="The native application of Globus to log in with.",
 )
-def login(scope: str, s2cs: str, client_id: str | None) -> None:
+@click.option("--server-cert", "--server-crt", metavar="FILE", help="Certificates to verify it with, PEM.")
+def login(scope: str, s2cs: str, client_id: str | None, server_cert: str | None) -> None:
     """Log in at Globus for a facility."""
-    if Logins().log_in(s2cs, scope=scope or None, client_id=client_id, prompt=ask_for_code):
+    where = place(s2cs, scope=scope, server_cert=server_cert)
+    done = Logins().log_in(
+        s2cs, scope=where.scope, client_id=client_id, prompt=ask_for_code, ca_file=where.server_cert
+    )
+    if done:
         say(f"Successfully logged in for {s2cs}!")
     else:
         put("You are already logged in, to try different credentials please log out!")

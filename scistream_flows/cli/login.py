@@ -38,6 +38,8 @@ SCOPE_SUFFIX: Final = "action_all"
 _APP_NAME: Final = "scistream-flows s2uc"
 _UUID: Final = r"[0-9a-f]{8}(?:-[0-9a-f]{4}){3}-[0-9a-f]{12}"
 _ANSWER_TIMEOUT_S: Final = 15.0
+_RETRIES: Final = 1
+_LONGEST_PAUSE_S: Final = 2.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -90,7 +92,13 @@ class Logins:
         return pin
 
     def log_in(
-        self, address: str, *, scope: str | None, client_id: str | None, prompt: Callable[[], str]
+        self,
+        address: str,
+        *,
+        scope: str | None,
+        client_id: str | None,
+        prompt: Callable[[], str],
+        ca_file: str | None = None,
     ) -> bool:
         """Log in for the facility at an address; False when the user is already.
 
@@ -99,6 +107,7 @@ class Logins:
             scope: Its scope; by default the one that it tells itself.
             client_id: The application of Globus to log in with.
             prompt: Asks for the code that Globus shows.
+            ca_file: Certificates to verify the facility with, PEM.
 
         Raises:
             Unauthenticated: Globus refused, or the scope is not the pinned one.
@@ -106,7 +115,7 @@ class Logins:
         """
         url = base_url(address)
         known = self.pin(address, scope)
-        told = None if scope else scope_told_by(address)
+        told = None if scope else scope_told_by(address, ca_file=ca_file)
         if known is not None and told is not None and told != known.scope:
             self.pin(address, told)
         wanted = whole_scope(scope) if scope else told or ""
@@ -180,6 +189,7 @@ class Logins:
             import globus_sdk
             from globus_sdk.login_flows import CommandLineLoginFlowManager
             from globus_sdk.token_storage import JSONTokenStorage
+            from globus_sdk.transport import RetryConfig
         except ImportError:
             raise MissingExtra(
                 "a login at Globus needs globus-sdk",
@@ -210,8 +220,13 @@ class Logins:
             token_validation_error_handler=None,
         )
         requirements = {_resource_server(pin.scope): [pin.scope]}
+        client = globus_sdk.NativeAppAuthClient(
+            client_id=pin.client_id,
+            app_name=_APP_NAME,
+            retry_config=RetryConfig(max_retries=_RETRIES, max_sleep=_LONGEST_PAUSE_S),
+        )
         return globus_sdk.UserApp(
-            _APP_NAME, client_id=pin.client_id, scope_requirements=requirements, config=config
+            _APP_NAME, login_client=client, scope_requirements=requirements, config=config
         )
 
 
@@ -227,7 +242,7 @@ def whole_scope(scope: str) -> str:
     return scope
 
 
-def scope_told_by(address: str) -> str:
+def scope_told_by(address: str, *, ca_file: str | None = None) -> str:
     """The scope that the facility at an address names.
 
     Raises:
@@ -238,7 +253,12 @@ def scope_told_by(address: str) -> str:
     with contextlib.closing(new_session()) as session:
         try:
             reply = ask(
-                session, "GET", f"{url}/actions/status/", token=None, answer_timeout_s=_ANSWER_TIMEOUT_S
+                session,
+                "GET",
+                f"{url}/actions/status/",
+                token=None,
+                answer_timeout_s=_ANSWER_TIMEOUT_S,
+                ca_file=ca_file,
             )
             scope = json.loads(reply.content)["globus_auth_scope"]
         except (NoAnswer, ValueError, KeyError, TypeError) as wrong:
