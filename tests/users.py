@@ -93,10 +93,11 @@ def user_of(served: tuple[Served, Served], base: Path, *, config: Path) -> Site:
 
 @contextlib.contextmanager
 def released(site: Site, uid: str) -> Iterator[None]:
+    """What the block has opened is released after it; whether no relay is left, the fixtures look."""
     try:
         yield
     finally:
-        assert site.s2uc("release", uid).returncode == 0
+        site.s2uc("release", uid)
 
 
 def sha(data: bytes) -> str:
