@@ -14,6 +14,7 @@ from contextlib import contextmanager, suppress
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, NoReturn
+from uuid import UUID
 
 import click
 from click.core import ParameterSource
@@ -22,6 +23,7 @@ from scistream_flows import __version__
 from scistream_flows.cli.console import (
     SETTINGS,
     Span,
+    completion,
     in_time,
     in_units,
     plain,
@@ -31,9 +33,10 @@ from scistream_flows.cli.console import (
     put_table,
     run,
     say,
+    show_debugging,
 )
 from scistream_flows.cli.listing import end_in_words, put_streams
-from scistream_flows.config import SYSTEM_CONFIG, FacilityConfig, config_folders, load_facility
+from scistream_flows.config import SYSTEM_CONFIG, FacilityConfig, GlobusConfig, config_folders, load_facility
 from scistream_flows.errors import (
     BadRequest,
     ConfigError,
@@ -44,6 +47,7 @@ from scistream_flows.errors import (
 )
 from scistream_flows.models import UID_PATTERN, Released, Role
 
+from .auth import SECRET_VARIABLE
 from .settings import Settings, common, configured_facilities, with_settings
 from .template import Place, template, write
 
@@ -51,6 +55,9 @@ if TYPE_CHECKING:
     from scistream_flows.diagnosis import Finding
     from scistream_flows.models import GatewayReport, Status
     from scistream_flows.s2cs import S2CS
+
+DATA_SERVERS: Final = ("S2DS",)
+"""What `--type` takes, the default first."""
 
 POLL_S: Final = 1.0
 _COLOURS: Final[dict[str, str]] = {"ok": "green", "note": "blue", "warning": "yellow", "problem": "red"}
@@ -80,7 +87,34 @@ _COLOURS: Final[dict[str, str]] = {"ok": "green", "note": "blue", "warning": "ye
     "--key", "--server-key", type=click.Path(path_type=Path), metavar="FILE", help="Serve: its private key."
 )
 @click.option("--workers", type=click.IntRange(1), default=1, show_default=True, help="Serve: processes.")
-@click.version_option(__version__, "--version", "-V", message="%(prog)s, version %(version)s")
+@click.option(
+    "--type",
+    "-t",
+    "data_server",
+    default=DATA_SERVERS[0],
+    show_default=True,
+    metavar="TYPE",
+    help=f"Serve: what carries the data: {', '.join(DATA_SERVERS)}.",
+)
+@click.option(
+    "--ssl",
+    is_flag=False,
+    flag_value="True",
+    type=click.BOOL,
+    metavar="BOOL",
+    help="Serve: False serves plain text, on loopback.  [default: TLS if there is a certificate]",
+)
+@click.option("--client-id", type=click.UUID, help="Serve: the facility's client at Globus.")
+@click.option(
+    "--client-secret-file", type=click.Path(path_type=Path), metavar="FILE", help="Serve: its secret (0600)."
+)
+@click.option(
+    "--client-secret",
+    metavar="-",
+    help="Serve: `-` reads the secret from stdin. On a command line everybody could read it.",
+)
+@click.option("--verbose", "--v", "-v", is_flag=True, help="Serve: log what is done.")
+@click.version_option(__version__, "--version", "-V", message="s2cs, version: %(version)s")
 @click.pass_context
 def s2cs(
     context: click.Context,
@@ -90,6 +124,13 @@ def s2cs(
     certificate: Path | None,
     key: Path | None,
     workers: int,
+    data_server: str,
+    client_id: UUID | None,
+    client_secret_file: Path | None,
+    client_secret: str | None,
+    *,
+    ssl: bool | None,
+    verbose: bool,
 ) -> None:
     """Run a SciStream facility. Without a subcommand: serve it, until Ctrl-C.
 
@@ -104,7 +145,13 @@ def s2cs(
                 f"--{str(given[0]).replace('_', '-')} is for serving, not for {context.invoked_subcommand}"
             )
         return
+    _check_data_server(data_server)
+    _check_port_range(port_range)
+    certificate, key = _check_ssl(ssl, certificate, key)
     config = context.ensure_object(Settings).load(port_range=port_range, otherwise=f"dev-{port}")
+    config = _with_client(config, client_id, client_secret_file, client_secret)
+    if verbose:
+        show_debugging()
     try:
         from .service import serve
     except ModuleNotFoundError as missing:
@@ -116,6 +163,62 @@ def s2cs(
             hint="pip install 'scistream-flows[server]'",
         ) from None
     serve(config, listener_ip=listener_ip, port=port, certificate=certificate, key=key, workers=workers)
+
+
+def _check_data_server(name: str) -> None:
+    known = {one.lower(): one for one in DATA_SERVERS}
+    if name.lower() not in known:
+        raise BadRequest(
+            f"--type {name!r}: there is no such data server in this version",
+            which="type",
+            hint=f"Use {' or '.join(DATA_SERVERS)}; the relay s2ds takes the place of Haproxy, Nginx and Stunnel",
+        )
+
+
+def _check_port_range(text: str | None) -> None:
+    if text is not None and not re.fullmatch("[0-9]+-[0-9]+|0", text):
+        raise BadRequest(
+            "Invalid port_range format. Expected 'start-end'.", which="port_range", hint="Such as 5100-5200"
+        )
+
+
+def _check_ssl(
+    wanted: bool | None,  # noqa: FBT001 - as it was given
+    certificate: Path | None,
+    key: Path | None,
+) -> tuple[Path | None, Path | None]:
+    """The certificate and the key to serve with; none for plain text."""
+    if wanted and certificate is None:
+        raise BadRequest(
+            "--ssl needs a certificate", which="ssl", hint="Give --server_crt FILE and --server_key FILE"
+        )
+    return (None, None) if wanted is False else (certificate, key)
+
+
+def _with_client(
+    config: FacilityConfig, client_id: UUID | None, secret_file: Path | None, given: str | None
+) -> FacilityConfig:
+    """The configuration with the client at Globus that the options name."""
+    from_stdin = given == "-"
+    if given and not from_stdin:
+        raise BadRequest(
+            "a secret on a command line can be read by everybody on this machine",
+            which="client_secret",
+            hint="Put it into a file (0600) and give --client-secret-file FILE, name that in the configuration"
+            " ([globus] client_secret_file), or give --client_secret - and write it to stdin",
+        )
+    if client_id is None:
+        if secret_file is not None or from_stdin:
+            raise BadRequest("a secret without a client", which="client_id", hint="Give --client_id, too")
+        return config
+    if from_stdin:
+        # relays do not inherit the environment
+        os.environ[SECRET_VARIABLE] = click.get_text_stream("stdin").readline().strip()
+    changes: dict[str, Any] = {"client_id": str(client_id)}
+    if secret_file is not None:
+        changes["client_secret_file"] = str(secret_file.resolve())
+    known = config.globus.model_dump(exclude_unset=True) if config.globus else {}
+    return config.model_copy(update={"globus": GlobusConfig(**{**known, **changes})})
 
 
 def _is_given(context: click.Context, name: str) -> bool:
@@ -658,6 +761,9 @@ def _put_gateway(settings: Settings, report: GatewayReport, words: str) -> None:
 
 def _streams(number: int) -> str:
     return f"{number or 'no'} stream{'' if number == 1 else 's'}"
+
+
+s2cs.add_command(completion(s2cs, name="s2cs"))
 
 
 def main() -> NoReturn:

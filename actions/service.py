@@ -209,6 +209,7 @@ def serve(
         )
         if path is not None:
             said += f" and at {path}"
+        said += f"\nServer started on {join_address(address, port)}"  # as scripts for SciStream wait for it
         server = uvicorn.Config(application, **settings)
         threading.Thread(target=_announce, args=(said, application.built), daemon=True).start()
         with _ended_by_a_signal():

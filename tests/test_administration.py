@@ -548,7 +548,7 @@ def test_every_subcommand_explains_itself(s2cs: Run) -> None:
     shown = s2cs("--help").stdout
     for name in ("init", "doctor", "list", "audit", "release", "gateway"):
         assert re.search(rf"^  {name} ", shown, re.MULTILINE)
-    assert s2cs("--version").stdout.startswith("s2cs, version ")
+    assert s2cs("--version").stdout.startswith("s2cs, version: ")
     assert "--timeout-s" in s2cs("gateway", "drain", "--help").stdout
 
 
