@@ -37,6 +37,8 @@ print(json.dumps({
 }))
 """
 
+SOME_UUID = "6c2b5f0e-0000-4000-8000-000000000001"
+
 
 def run(*command: str | Path, env: dict[str, str], cwd: Path) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, cwd=cwd, env=env, capture_output=True, text=True, timeout=550)
@@ -64,6 +66,7 @@ class Workshop:
         self.env["CARGO_TARGET_DIR"] = str(folder / "target")
         self.env["PIP_DISABLE_PIP_VERSION_CHECK"] = "1"
         self.env["SCISTREAM_STATE_DIR"] = str(folder / "state")
+        self.env["SCISTREAM_CONFIG_DIR"] = str(folder / "config")
         if (ROOT / "relay/target/release").is_dir():
             shutil.copytree(ROOT / "relay/target/release", folder / "target/release", symlinks=True)
 
@@ -140,12 +143,18 @@ def assert_is_whole(binaries: Path, workshop: Workshop, *, actions_in: Path) -> 
     assert {"slices.json", "action-providers.json", "compute-only.json"} <= set(seen["definitions"])
     assert {"operator.html", "operator.css", "operator.js", "icon.svg"} <= set(seen["page"])
     # the commands are there without any extra, and say which one they lack
-    for command in (["s2cs", "--version"], ["s2cs", "init", "--help"], ["scistream-flows", "--version"]):
+    for command in (
+        *(["s2cs", "--version"], ["s2cs", "init", "--help"], ["scistream-flows", "--version"]),
+        *(["s2uc", "--version"], ["s2uc", "prod-req", "--mock"], ["appctrl", "--version"]),
+    ):
         done = run(binaries / command[0], *command[1:], cwd=neutral, env=workshop.env)
         assert done.returncode == 0, done.stderr
     for command, extra in (
         (["s2cs", "--facility", "aps", "--port", "0"], "server"),
         (["scistream-flows", "validate", "flow.json"], "flows"),
+        (["s2uc", "plot", "any"], "plot"),
+        (["appctrl", "subscribe"], "appctrl"),
+        (["s2uc", "login", "--client-id", SOME_UUID, "--scope", SOME_UUID], "login"),
     ):
         done = run(binaries / command[0], *command[1:], cwd=neutral, env=workshop.env)
         assert done.returncode == 1, done.stderr
