@@ -7,6 +7,7 @@ import json
 import os
 import re
 import shutil
+import signal
 import socket
 import subprocess
 import sys
@@ -45,7 +46,7 @@ def test_every_block_says_what_it_is() -> None:
     assert len(LOGIN) == 1
 
 
-@pytest.mark.timeout(180)
+@pytest.mark.timeout(240)
 @pytest.mark.skipif(not shutil.which("iperf3"), reason="iperf3 is not installed")
 def test_the_blocks_run_one_after_the_other(
     tmp_path: Path, environment: dict[str, str], relays_below: Callable[..., list[int]]
@@ -61,26 +62,32 @@ def test_the_blocks_run_one_after_the_other(
         for written in PORTS:
             port = held.enter_context(socket.create_server(("127.0.0.1", 0))).getsockname()[1]
             script = re.sub(rf"(?<![0-9]){written}(?![0-9])", str(port), script)
-    done = subprocess.run(
+    with subprocess.Popen(
         ["bash", "-c", script],
         cwd=tmp_path,
         env=environment,
         stdin=subprocess.DEVNULL,
-        capture_output=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
         text=True,
-        timeout=170,
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
+        start_new_session=True,
+    ) as shell:
+        try:
+            stdout, stderr = shell.communicate(timeout=220)
+        finally:
+            with contextlib.suppress(ProcessLookupError):  # as it should be
+                os.killpg(shell.pid, signal.SIGKILL)
+    assert shell.returncode == 0, stdout + stderr
     assert relays_below(tmp_path, patience_s=5) == []
-    assert done.stdout.count("Release completed") == 5
-    assert done.stdout.count("receiver") == 1
-    assert "READY: a probe has gone through" in done.stderr
+    assert stdout.count("Release completed") == 5
+    assert stdout.count("receiver") == 1
+    assert "READY: a probe has gone through" in stderr
     assert (tmp_path / "stream.png").read_bytes()[1:4] == b"PNG"
     assert {one["role"] for one in json.loads((tmp_path / "seen.json").read_text())["streams"]} == {
         "PROD",
         "CONS",
     }
-    assert len(re.findall(r"^message \d+$", done.stdout, re.MULTILINE)) == 3
+    assert len(re.findall(r"^message \d+$", stdout, re.MULTILINE)) == 3
 
 
 @pytest.mark.timeout(100)
