@@ -286,8 +286,9 @@ def test_a_request_that_is_interrupted_leaves_nothing(site: Site, by: signal.Sig
 # --- mock
 
 
-@pytest.mark.parametrize("spelled", [("--mock", "True"), ("--mock",)])
-@pytest.mark.parametrize("command", ["prod-req", "inbound-request"])
+@pytest.mark.parametrize(
+    ("command", "spelled"), [("prod-req", ("--mock", "True")), ("inbound-request", ("--mock",))]
+)
 def test_mock_asks_nobody_and_says_that_it_is_one(site: Site, command: str, spelled: tuple[str, ...]) -> None:
     done = site.s2uc(command, *spelled, "--s2cs", "192.0.2.1:5000", "--num_conn", 2)
     assert done.returncode == 0, done.stderr
