@@ -7,13 +7,13 @@ import shutil
 import signal
 import socket
 import subprocess
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 from serving import Served
-from users import Site, program, released, sha, two_facilities, user_of
+from users import Site, assert_no_relay_below, program, released, sha, two_facilities, user_of
 
 pytestmark = pytest.mark.timeout(100)
 
@@ -26,12 +26,10 @@ def pair(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Path, tuple
 
 
 @pytest.fixture
-def site(
-    pair: tuple[Path, tuple[Served, Served]], tmp_path: Path, relays_below: Callable[..., list[int]]
-) -> Iterator[Site]:
+def site(pair: tuple[Path, tuple[Served, Served]], tmp_path: Path) -> Iterator[Site]:
     base, served = pair
     yield user_of(served, base, config=tmp_path / "config")
-    assert relays_below(base, patience_s=5) == []
+    assert_no_relay_below(base)
 
 
 @pytest.fixture
@@ -58,7 +56,7 @@ def ended(process: subprocess.Popen[str], by: signal.Signals = signal.SIGTERM) -
     return process.returncode
 
 
-@pytest.mark.parametrize("command", ["create-appctrl", "create_appctrl", "mock"])
+@pytest.mark.parametrize("command", ["create_appctrl", "mock"])
 def test_hello_of_both_sides_as_in_the_developer_guide(
     site: Site, application: Any, talk: Any, command: str
 ) -> None:

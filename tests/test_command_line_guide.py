@@ -11,13 +11,13 @@ import signal
 import socket
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
 
 import httpx
 import pytest
 from serving import serving
 from standins.globus import Globus
+from users import assert_no_relay_below
 
 PAGE = Path(__file__).resolve().parents[1] / "docs/command-line.md"
 BLOCKS = re.findall(r"^```(\w*)\n(.*?)^```$", PAGE.read_text(), re.MULTILINE | re.DOTALL)
@@ -48,9 +48,7 @@ def test_every_block_says_what_it_is() -> None:
 
 @pytest.mark.timeout(240)
 @pytest.mark.skipif(not shutil.which("iperf3"), reason="iperf3 is not installed")
-def test_the_blocks_run_one_after_the_other(
-    tmp_path: Path, environment: dict[str, str], relays_below: Callable[..., list[int]]
-) -> None:
+def test_the_blocks_run_one_after_the_other(tmp_path: Path, environment: dict[str, str]) -> None:
     """Each line has to succeed; ports are free ones instead of those of the page."""
     blocks = [text for text in SHELL if text not in LOGIN]
     blocks.insert(1, READY)
@@ -77,12 +75,8 @@ def test_the_blocks_run_one_after_the_other(
         finally:
             with contextlib.suppress(ProcessLookupError):  # as it should be
                 os.killpg(shell.pid, signal.SIGKILL)
-            left = relays_below(tmp_path, patience_s=5)
-            for pid in left:
-                with contextlib.suppress(ProcessLookupError):
-                    os.kill(pid, signal.SIGKILL)
+            assert_no_relay_below(tmp_path)
     assert shell.returncode == 0, stdout + stderr
-    assert left == []
     assert stdout.count("Release completed") == 5
     assert stdout.count("receiver") == 1
     assert "READY: a probe has gone through" in stderr

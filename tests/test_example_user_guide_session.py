@@ -8,14 +8,13 @@ import shutil
 import socket
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
 
 import httpx
 import pytest
 from serving import serving
 from standins.globus import Globus
-from users import two_facilities
+from users import assert_no_relay_below, two_facilities
 
 SCRIPT = Path(__file__).resolve().parents[1] / "examples/user_guide_session.sh"
 GLOBUS = """
@@ -54,9 +53,7 @@ def assert_streamed(stdout: str) -> None:
     assert stdout.endswith("Release completed\n")
 
 
-def test_at_facilities_of_ones_own(
-    tmp_path: Path, environment: dict[str, str], relays_below: Callable[..., list[int]]
-) -> None:
+def test_at_facilities_of_ones_own(tmp_path: Path, environment: dict[str, str]) -> None:
     with two_facilities(tmp_path) as (aps, alcf):
         addresses = [one.url.removeprefix("http://") for one in (aps, alcf)]
         done = subprocess.run(
@@ -65,12 +62,10 @@ def test_at_facilities_of_ones_own(
         assert done.returncode == 0, done.stderr
         assert_streamed(done.stdout)
         assert aps.token not in done.stdout + done.stderr
-        assert relays_below(tmp_path) == []
+        assert_no_relay_below(tmp_path)
 
 
-def test_a_session_that_fails_half_way_is_released(
-    tmp_path: Path, environment: dict[str, str], relays_below: Callable[..., list[int]]
-) -> None:
+def test_a_session_that_fails_half_way_is_released(tmp_path: Path, environment: dict[str, str]) -> None:
     with two_facilities(tmp_path) as (aps, _):
         done = subprocess.run(
             [SCRIPT, "--dev", aps.url.removeprefix("http://"), "127.0.0.1:1"],
@@ -81,12 +76,10 @@ def test_a_session_that_fails_half_way_is_released(
         )
         assert done.returncode == 1
         assert done.stdout.endswith("Release completed\n")
-        assert relays_below(tmp_path) == []
+        assert_no_relay_below(tmp_path)
 
 
-def test_with_a_login_at_globus(
-    tmp_path: Path, environment: dict[str, str], relays_below: Callable[..., list[int]]
-) -> None:
+def test_with_a_login_at_globus(tmp_path: Path, environment: dict[str, str]) -> None:
     """Globus Auth has a stand-in; the person opens the URL and copies the code, for each facility."""
     with Globus() as globus:
         globus.login_as = globus.add_person("ada@example.org")
@@ -127,4 +120,4 @@ def test_with_a_login_at_globus(
             assert said.count("Successfully logged in") == 2
             assert len(re.findall(r"Access Token for scope '\S+': \*+", stdout)) == 2
             assert_streamed(stdout)
-            assert relays_below(tmp_path) == []
+            assert_no_relay_below(tmp_path)

@@ -15,7 +15,7 @@ from typing import Any, TypeAlias
 
 import pytest
 from serving import Served
-from users import Site, released, sha, two_facilities, user_of
+from users import Site, assert_no_relay_below, released, sha, two_facilities, user_of
 
 from scistream_flows.cli.console import run
 from scistream_flows.cli.ledger import Entry, Ledger, Place
@@ -49,13 +49,11 @@ def pair(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Path, tuple
 
 
 @pytest.fixture
-def site(
-    pair: tuple[Path, tuple[Served, Served]], tmp_path: Path, relays_below: Callable[..., list[int]]
-) -> Iterator[Site]:
+def site(pair: tuple[Path, tuple[Served, Served]], tmp_path: Path) -> Iterator[Site]:
     """A user with a directory of his own. After the test he has no stream, no relay runs, and no token is kept."""
     base, served = pair
     yield user_of(served, base, config=tmp_path / "config")
-    assert relays_below(base, patience_s=5) == []
+    assert_no_relay_below(base)
     assert served[0].token not in "".join(one.read_text() for one in tmp_path.rglob("*.json"))
 
 

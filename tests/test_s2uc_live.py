@@ -19,7 +19,7 @@ from typing import Any
 
 import pytest
 from serving import Served
-from users import Site, program, released, sha, two_facilities, user_of
+from users import Site, assert_no_relay_below, program, released, sha, two_facilities, user_of
 
 from scistream_flows.cli.live import SPARKS, sparkline, why
 from scistream_flows.models import Limiting, split_address
@@ -35,12 +35,10 @@ def pair(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Path, tuple
 
 
 @pytest.fixture
-def site(
-    pair: tuple[Path, tuple[Served, Served]], tmp_path: Path, relays_below: Callable[..., list[int]]
-) -> Iterator[Site]:
+def site(pair: tuple[Path, tuple[Served, Served]], tmp_path: Path) -> Iterator[Site]:
     base, served = pair
     yield user_of(served, base, config=tmp_path / "config")
-    assert relays_below(base, patience_s=5) == []
+    assert_no_relay_below(base)
 
 
 class Terminal:

@@ -10,7 +10,7 @@ import os
 import re
 import stat
 import subprocess
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,7 +18,7 @@ import httpx
 import pytest
 from serving import Served, serving
 from standins.globus import Globus, Person
-from users import Done, program
+from users import Done, assert_no_relay_below, program
 
 MORE = """
 [globus]
@@ -95,9 +95,7 @@ class World:
 
 
 @pytest.fixture
-def world(
-    tmp_path: Path, certificate: tuple[Path, Path], relays_below: Callable[..., list[int]]
-) -> Iterator[World]:
+def world(tmp_path: Path, certificate: tuple[Path, Path]) -> Iterator[World]:
     chain, key = map(str, certificate)
     with Globus() as globus:
         client, scope = globus.add_facility(groups=False)
@@ -117,7 +115,7 @@ def world(
             config = tmp_path / "config"
             clean |= {**globus.environment, "SCISTREAM_CONFIG_DIR": str(config), "REQUESTS_CA_BUNDLE": chain}
             yield World(globus, served, scope, globus.add_native_app().id, ada, clean, config)
-    assert relays_below(tmp_path, patience_s=5) == []
+    assert_no_relay_below(tmp_path)
 
 
 def test_a_login_opens_streams_of_that_person_and_no_token_is_shown(world: World) -> None:
@@ -214,8 +212,9 @@ def test_globus_that_is_away_is_said_in_words(world: World) -> None:
     assert done.returncode == 1
     assert "Traceback" not in done.stderr
     assert "Globus Auth" in done.stderr
-    out = world.s2uc("logout")
+    out = world.s2uc("logout", "--format", "json")
     assert out.returncode == 0
+    assert json.loads(out.stdout)["logged_out"] == [world.facility.url]
     assert "expire by themselves" in out.stderr
     assert not file.exists()
     world.globus.up()

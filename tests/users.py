@@ -6,12 +6,14 @@ import contextlib
 import hashlib
 import json
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple, TypeAlias
 
+from conftest import relay_pids
 from serving import Served, serving
 
 Done: TypeAlias = "subprocess.CompletedProcess[str]"
@@ -103,3 +105,12 @@ def released(site: Site, uid: str) -> Iterator[None]:
 def sha(data: bytes) -> str:
     """The hash by which payloads are compared."""
     return hashlib.sha256(data).hexdigest()
+
+
+def assert_no_relay_below(state: Path) -> None:
+    """No relay runs for a state directory; one that does is ended, so that it disturbs no other test."""
+    left = relay_pids(state, patience_s=5)
+    for pid in left:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
+    assert not left, f"{len(left)} relays were left running"

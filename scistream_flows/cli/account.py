@@ -30,13 +30,16 @@ from scistream_flows.errors import Unauthenticated
     help="The native application of Globus to log in with.",
 )
 @click.option("--server-cert", "--server-crt", metavar="FILE", help="Certificates to verify it with, PEM.")
-def login(scope: str, s2cs: str, client_id: str | None, server_cert: str | None) -> None:
+@format_option
+def login(scope: str, s2cs: str, client_id: str | None, server_cert: str | None, form: Form) -> None:
     """Log in at Globus for a facility."""
     where = place(s2cs, scope=scope, server_cert=server_cert)
     done = Logins().log_in(
         s2cs, scope=where.scope, client_id=client_id, prompt=ask_for_code, ca_file=where.server_cert
     )
-    if done:
+    if form == "json":
+        put_document({"s2cs": s2cs, "logged_in": True, "before": not done})
+    elif done:
         say(f"Successfully logged in for {s2cs}!")
     else:
         put("You are already logged in, to try different credentials please log out!")
@@ -73,7 +76,11 @@ def check_auth(scope: str, s2cs: str | None, form: Form, *, show_token: bool) ->
 
 
 @click.command()
-def logout() -> None:
+@format_option
+def logout(form: Form) -> None:
     """Revoke and forget the tokens of every login."""
-    Logins().log_out()
-    put("Successfully logged out!")
+    addresses = Logins().log_out()
+    if form == "json":
+        put_document({"logged_out": addresses})
+    else:
+        put("Successfully logged out!")
