@@ -11,7 +11,6 @@ import re
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, NoReturn
 from uuid import UUID
@@ -596,7 +595,7 @@ def audit(
     """Show who opened, changed, ended or was refused what, oldest first."""
     with settings.service() as service:
         if follow:
-            for line in _followed(service, owner=owner, uid=uid, since_s=since_s):
+            for line in service.audit_followed(owner=owner, uid=uid, since_s=since_s, poll_s=POLL_S / 4):
                 put(json.dumps(line) if settings.json else _in_words(line))
             return
         lines = service.audit(owner=owner, uid=uid, since_s=since_s)
@@ -605,26 +604,6 @@ def audit(
             return
         for line in lines:
             put(_in_words(line))
-
-
-def _followed(
-    service: S2CS, *, owner: str | None, uid: str | None, since_s: float | None
-) -> Iterator[Mapping[str, Any]]:
-    """The lines so far, and each one that comes; it ends with the process."""
-    from scistream_flows.registry import said_at
-
-    earliest = "" if since_s is None else said_at(max(0.0, time.time() - since_s))
-    file = service.config.state_dir / "audit.jsonl"
-    seen, size = 0, -1
-    while True:
-        now = file.stat().st_size if file.exists() else 0
-        if now != size:  # it only ever grows: what was seen is skipped
-            size = now
-            for line in islice(service.audit(owner=owner, uid=uid), seen, None):
-                seen += 1
-                if str(line.get("at", "")) >= earliest:
-                    yield line
-        time.sleep(POLL_S / 4)
 
 
 def _in_words(line: Mapping[str, Any]) -> str:

@@ -7,6 +7,7 @@ import logging
 import time
 from collections.abc import Callable, Collection
 from http import HTTPStatus
+from math import ceil
 from typing import Any, Final
 
 import h11
@@ -18,7 +19,15 @@ from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
-from scistream_flows.errors import PROTOCOL, BadRequest, ProtocolMismatch, ScistreamError, Unauthenticated
+from scistream_flows.errors import (
+    PROTOCOL,
+    BadRequest,
+    ProtocolMismatch,
+    RateLimited,
+    ScistreamError,
+    Unauthenticated,
+)
+from scistream_flows.registry import asked_from
 
 from .auth import check_host
 
@@ -34,7 +43,9 @@ def answer(wrong: ScistreamError, *, status: int | None = None) -> JSONResponse:
     """The document of an error, with its HTTP status."""
     # also of a refusal that another scope, or a consent, would lift (RFC 6750, 3.1)
     challenge = wrong.challenge if isinstance(wrong, Unauthenticated) else wrong.details.get("challenge")
-    headers = {"WWW-Authenticate": str(challenge)} if challenge else None
+    headers = {"WWW-Authenticate": str(challenge)} if challenge else {}
+    if isinstance(wrong, RateLimited):
+        headers["Retry-After"] = str(ceil(wrong.retry_after_s))
     return JSONResponse(wrong.to_document(), status_code=status or wrong.http_status, headers=headers)
 
 
@@ -125,6 +136,7 @@ class Doorkeeper:
             await self._app(scope, receive, send)
             return
         began = time.monotonic()
+        asked_from.set((scope.get("client") or (None,))[0])  # of this task, and of the threads that answer
         status = 0
 
         async def noting(message: Message) -> None:

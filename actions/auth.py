@@ -163,6 +163,10 @@ class Authenticator(Protocol):
         """
         ...
 
+    def remembers(self, authorization: str | None) -> bool:
+        """Whether `identify` would answer this header without asking anybody."""
+        ...
+
     def close(self) -> None:
         """Close connections. It can be used no more."""
         ...
@@ -342,6 +346,10 @@ class DevelopmentToken:
         owner = unix_owner()
         return Identity(urn=owner, urns=(owner,), scope=self.config.scope)
 
+    def remembers(self, authorization: str | None) -> bool:  # noqa: ARG002
+        """Nobody has to be asked."""
+        return True
+
     def close(self) -> None:
         """There is nothing to close."""
 
@@ -429,6 +437,11 @@ class _Memory(Generic[T]):
                 kept.popitem(last=False)
         return value
 
+    def knows(self, key: bytes) -> bool:
+        """Whether there is an answer, or one is being asked for."""
+        with self._mutex:
+            return key in self._asked or self._known(key) is not None
+
     def _known(self, key: bytes) -> _Answer[T] | None:
         for kept in self._kept:
             answer = kept.get(key)
@@ -506,6 +519,13 @@ class GlobusAuth:
                 f"{self.config.scope}[{GROUPS_SCOPE}]",
             )
         return replace(identity, urns=(*identity.urns, *found))
+
+    def remembers(self, authorization: str | None) -> bool:
+        """Whether this token was asked about lately, or is none at first sight."""
+        try:
+            return self._verdicts.knows(_hash(bearer_token(authorization, scope=self.config.scope)))
+        except Unauthenticated:
+            return True
 
     def close(self) -> None:
         """Close the connections to Globus that nobody uses at this moment."""

@@ -12,6 +12,7 @@ import time
 from collections.abc import Collection, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from concurrent.futures import wait as wait_for
+from contextvars import copy_context
 from datetime import datetime, timedelta, timezone
 from typing import Any, Final, Literal, TypeAlias
 
@@ -165,7 +166,11 @@ class Lifecycle:
     def _runner(self, operation: Operation[Any], body: BaseModel, authorization: str | None) -> Identity:
         # Who opens a stream must be allowed to; the others act on streams, and each stream has its own rights.
         rule = self.auth.config.runnable_by if operation.opens else ("all_authenticated_users",)
-        admit(self.auth, authorization, rule)
+        try:
+            admit(self.auth, authorization, rule)
+        except PolicyDenied as wrong:
+            self._service.refused(self.auth.identify(authorization).urns, wrong)
+            raise
         uid = getattr(body, "stream_id", None) or getattr(body, "uid", None)
         return identify(
             self.auth,
@@ -210,7 +215,7 @@ class Lifecycle:
             with self._mutex:
                 step = self._under_way.get(record.number)
                 if step is None:
-                    step = self._workers.submit(self._step, operation, record)
+                    step = self._workers.submit(copy_context().run, self._step, operation, record)
                     self._under_way[record.number] = step
                     step.add_done_callback(lambda _: self._under_way.pop(record.number, None))
             wait_for([step], timeout=ANSWER_WITHIN_S)
@@ -255,7 +260,9 @@ class Lifecycle:
 
     def _give_up(self, operation: Operation[Any], record: Record, code: str, words: str) -> None:
         if self._records.advance(record, _given_up(record, code, words)):
-            undoing = self._workers.submit(self._undo, operation, self._call(operation, record))
+            undoing = self._workers.submit(
+                copy_context().run, self._undo, operation, self._call(operation, record)
+            )
             wait_for([undoing], timeout=ANSWER_WITHIN_S)
 
     def _undo(self, operation: Operation[Any], call: Call[Any]) -> None:

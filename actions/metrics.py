@@ -23,6 +23,7 @@ from typing import Any, Final, Literal, NamedTuple, TypeAlias, get_args
 
 from fastapi import APIRouter, Depends, Response
 from fastapi.responses import PlainTextResponse
+from starlette.requests import HTTPConnection
 
 from scistream_flows import __version__
 from scistream_flows.config import FacilityConfig
@@ -31,9 +32,10 @@ from scistream_flows.models import GatewayReport, Mode, Reason, Role, State, Sta
 from scistream_flows.s2cs import S2CS
 from scistream_flows.tokens import read_secret
 
-from .auth import Authenticator, bearer_token, names_group
+from .admission import Admission, Authorization, bearer
+from .auth import bearer_token, names_group
 from .lifecycle import identify
-from .provider import ERRORS, Authorization, bearer
+from .provider import ERRORS
 
 log = logging.getLogger(__name__)
 
@@ -303,10 +305,10 @@ def metrics_token(config: FacilityConfig) -> str | None:
     return None if file is None else read_secret(Path(file).expanduser(), key="service.metrics_token_file")
 
 
-def routes(metrics: Metrics, *, service: S2CS, auth: Authenticator) -> APIRouter:
+def routes(metrics: Metrics, *, service: S2CS, admission: Admission) -> APIRouter:
     """The route of the figures: for administrators, and for who has the token of `metrics_token_file`."""
     router = APIRouter(tags=["metrics"], responses=ERRORS)
-    config = service.config
+    auth, config = admission.auth, service.config
     known = metrics_token(config)
 
     @router.get(
@@ -315,10 +317,11 @@ def routes(metrics: Metrics, *, service: S2CS, auth: Authenticator) -> APIRouter
         response_class=PlainTextResponse,
         dependencies=[Depends(bearer)],
     )
-    def read(authorization: Authorization) -> Response:
+    def read(authorization: Authorization, http: HTTPConnection) -> Response:
         """Figures for Prometheus: of the facility as a whole, without uid, owner or address."""
         token = bearer_token(authorization, scope=auth.config.scope)
         if known is None or not hmac.compare_digest(token.encode(), known.encode()):
+            admission.known(authorization, http)
             groups = names_group(config.policy.administrators)
             identity = identify(auth, authorization, groups=groups)
             if not service.administers(identity.urns):
@@ -378,6 +381,8 @@ def _events(line: Mapping[str, Any]) -> Counts:
     match line.get("event"):
         case "open":
             found = ("scistream_streams_opened_total", {"role": role, "mode": known("mode", get_args(Mode))})
+        case "deny" if line.get("code") in ("not-found", "unauthenticated", "rate-limited"):
+            return {}  # no stream was refused
         case "deny":
             found = ("scistream_streams_denied_total", {"role": role, "reason": known("code", _DENIALS)})
         case "fail":

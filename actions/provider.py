@@ -4,37 +4,17 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Final
 
-from fastapi import APIRouter, Depends, Query, Request, Response
-from fastapi.security import HTTPBearer
+from fastapi import APIRouter, Query, Response
 from pydantic import BaseModel, ConfigDict, StringConstraints
 
 from scistream_flows.config import FacilityConfig
 
-from .auth import Authenticator, admit
+from .admission import Admission, Authorization
+from .auth import admit
 from .documents import ActionLog, ActionRequest, ActionStatus, Description, ErrorDocument
 from .lifecycle import Lifecycle
 from .operations import Operation
 from .records import MAX_LOG_ENTRIES
-
-bearer = HTTPBearer(auto_error=False, description="A token of Globus Auth for this facility's scope")
-
-
-def authorization(request: Request) -> str | None:
-    """The header that proves who calls, as it came: all of it is judged in one place."""
-    return request.headers.get("Authorization")
-
-
-Authorization = Annotated[str | None, Depends(authorization)]
-
-
-def proof(auth: Authenticator) -> list[Any]:
-    """The dependencies of a route for known callers: who has no token is told so before anything else is looked at."""
-
-    def proven(authorization: Authorization) -> None:
-        auth.identify(authorization)
-
-    return [Depends(bearer), Depends(proven)]
-
 
 ERRORS: dict[int | str, dict[str, Any]] = {
     status: {"model": ErrorDocument, "description": words}
@@ -47,6 +27,7 @@ ERRORS: dict[int | str, dict[str, Any]] = {
         408: "The body took too long",
         413: "The body is too large",
         422: "A field is wrong",
+        429: "The caller asks too often; `Retry-After` says when to ask again",
         500: "The facility has made a mistake",
         501: "Not supported",
         502: "Globus Auth, or a relay, did not answer",
@@ -83,7 +64,9 @@ class Wanted(BaseModel):
         return sorted({one.upper() for one in self.status.split(",")})
 
 
-def routes(operation: Operation[Any], *, lifecycle: Lifecycle, facility: FacilityConfig) -> APIRouter:
+def routes(
+    operation: Operation[Any], *, lifecycle: Lifecycle, admission: Admission, facility: FacilityConfig
+) -> APIRouter:
     """The routes of an action, version 1.0 of the interface and the names that 1.1 has for them."""
     name = operation.name
     router = APIRouter(prefix=f"/actions/{name}", tags=[f"action {name}"], responses=ERRORS)
@@ -170,7 +153,7 @@ def routes(operation: Operation[Any], *, lifecycle: Lifecycle, facility: Facilit
                 operation_id=f"{name}_{endpoint.__name__}",
                 response_model_exclude_none=True,
                 responses=begun_before if endpoint is run else None,
-                dependencies=[] if endpoint in open_to_all else proof(lifecycle.auth),
+                dependencies=[] if endpoint in open_to_all else admission.dependencies(),
                 include_in_schema=place == paths[0],
             )
     return router

@@ -12,7 +12,7 @@ from fastapi import APIRouter, Path, Query
 from pydantic import BaseModel, ConfigDict, Field
 from starlette.requests import HTTPConnection
 
-from scistream_flows.errors import PROTOCOL, Busy
+from scistream_flows.errors import PROTOCOL, Busy, Unauthenticated
 from scistream_flows.models import (
     DAY_S,
     UID_PATTERN,
@@ -43,9 +43,10 @@ from scistream_flows.models import (
 )
 from scistream_flows.s2cs import S2CS
 
-from .auth import Authenticator, admit
+from .admission import Admission, Authorization
+from .auth import Authenticator
 from .lifecycle import identify, may_withhold_groups
-from .provider import ERRORS, Authorization, proof
+from .provider import ERRORS
 
 AT_ONCE: Final = 24
 """Verbs at a time: a gateway that hangs must not take all threads from the actions."""
@@ -140,17 +141,17 @@ def _place(places: threading.BoundedSemaphore, facility: str, at_once: int) -> I
         places.release()
 
 
-def routes(service: S2CS, *, auth: Authenticator, base_url: str) -> APIRouter:
+def routes(service: S2CS, *, admission: Admission, base_url: str) -> APIRouter:
     """The routes of a facility's streams, which is reached at `base_url` unless its configuration says where."""
     everything = APIRouter()
-    as_caller = _Asking(service, auth)
-    everything.include_router(_streams(service, as_caller, auth=auth, base_url=base_url))
-    everything.include_router(_gateways(service, as_caller, auth=auth))
-    everything.include_router(_tickets(service))
+    as_caller = _Asking(service, admission.auth)
+    everything.include_router(_streams(service, as_caller, admission=admission, base_url=base_url))
+    everything.include_router(_gateways(service, as_caller, admission=admission))
+    everything.include_router(_tickets(service, admission=admission))
     return everything
 
 
-def _tickets(service: S2CS) -> APIRouter:
+def _tickets(service: S2CS, *, admission: Admission) -> APIRouter:
     """What is asked for with a ticket, and no other proof."""
     router = APIRouter(tags=["tickets"], responses=ERRORS)
     places = threading.BoundedSemaphore(TICKETS_AT_ONCE)
@@ -158,14 +159,19 @@ def _tickets(service: S2CS) -> APIRouter:
     @router.post("/hello", operation_id="hello_by_ticket", response_model_exclude_none=True)
     def hello_by_ticket(hello: TicketHello, http: HTTPConnection) -> Offer:
         """The application says where it is: at PROD its targets, at CONS the address that it calls from."""
+        admission.admit_stranger(http)
         with _place(places, service.config.name, TICKETS_AT_ONCE):
-            return service.hello_by_ticket(hello, caller_address=http.client.host if http.client else "")
+            try:
+                return service.hello_by_ticket(hello, caller_address=http.client.host if http.client else "")
+            except Unauthenticated:
+                admission.count_stranger(http)
+                raise
 
     return router
 
 
-def _gateways(service: S2CS, as_caller: _Asking, *, auth: Authenticator) -> APIRouter:
-    router = APIRouter(tags=["gateways"], responses=ERRORS, dependencies=proof(auth))
+def _gateways(service: S2CS, as_caller: _Asking, *, admission: Admission) -> APIRouter:
+    router = APIRouter(tags=["gateways"], responses=ERRORS, dependencies=admission.dependencies())
 
     def load(_: ListQuery, *, owner: Sequence[str]) -> GatewayListing:
         return service.load(owner=owner)
@@ -178,13 +184,14 @@ def _gateways(service: S2CS, as_caller: _Asking, *, auth: Authenticator) -> APIR
     return router
 
 
-def _streams(service: S2CS, as_caller: _Asking, *, auth: Authenticator, base_url: str) -> APIRouter:
-    router = APIRouter(prefix="/streams", tags=["streams"], responses=ERRORS, dependencies=proof(auth))
+def _streams(service: S2CS, as_caller: _Asking, *, admission: Admission, base_url: str) -> APIRouter:
+    known = admission.dependencies()
+    router = APIRouter(prefix="/streams", tags=["streams"], responses=ERRORS, dependencies=known)
 
     @router.post("", operation_id="request_stream", response_model_exclude_none=True)
     def request(document: Request, authorization: Authorization) -> Offer:
         """Open one side. The same request again answers the same offer, and renews the lease."""
-        admit(auth, authorization, auth.config.runnable_by)
+        admission.among(authorization, admission.auth.config.runnable_by)
         return as_caller(authorization, service.request, document)
 
     @router.get("", operation_id="list_streams", response_model_exclude_none=True)

@@ -64,9 +64,11 @@ def build(
     except ImportError:
         raise MissingExtra("fastapi is not installed", which="fastapi", hint=_EXTRA) from None
     from . import metrics, page, provider, rest
+    from .admission import Admission
     from .answers import Doorkeeper, answer_errors
 
     lifecycle = Lifecycle(service, auth=auth, records=records)
+    admission = Admission(service, auth=auth)
     figures = metrics.Metrics(service)
 
     @contextlib.asynccontextmanager
@@ -89,9 +91,11 @@ def build(
     answer_errors(app)
     app.add_middleware(Doorkeeper, hosts=hosts, note=figures.note)
     for operation in OPERATIONS:
-        app.include_router(provider.routes(operation, lifecycle=lifecycle, facility=service.config))
-    app.include_router(rest.routes(service, auth=auth, base_url=base_url))
-    app.include_router(metrics.routes(figures, service=service, auth=auth))
+        app.include_router(
+            provider.routes(operation, lifecycle=lifecycle, admission=admission, facility=service.config)
+        )
+    app.include_router(rest.routes(service, admission=admission, base_url=base_url))
+    app.include_router(metrics.routes(figures, service=service, admission=admission))
     app.include_router(page.routes())
 
     @app.get("/health", tags=["health"], operation_id="health")

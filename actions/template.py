@@ -272,11 +272,19 @@ _POLICY = """
 
 # Concurrent connections of one listener. Default: 256.
 #max_connections = 64
+
+# How often one caller may ask the service, per minute; 0 is no limit. Default: 3000, so that a flow may look at each of
+# a hundred streams every two seconds.
+#max_requests_per_min_per_caller = 600
+
+# How many requests of one caller may come at once, before that counts. Default: 1000.
+#request_burst_per_caller = 200
 """
 
 _QUOTA = """
 # Other limits for some users, in place of those above. The first table with a URN of the caller counts. It may have
-# modes and every longest_... and max_...; what it leaves out is as above. Default: no such table.
+# modes, every longest_... and max_..., and request_burst_per_caller; what it leaves out is as above. Default: no such
+# table.
 #[[policy.quota]]
 #users = ["urn:globus:groups:id:00000000-0000-4000-8000-000000000003"]
 #modes = ["tls", "auth", "none"]
@@ -287,6 +295,8 @@ _QUOTA = """
 #max_reserved_mbits_per_s_per_owner = 200000
 #max_num_conn = 128
 #max_connections = 256
+#max_requests_per_min_per_caller = 30000
+#request_burst_per_caller = 10000
 """
 
 _SERVICE = """

@@ -360,6 +360,8 @@ class Quota(_Table):
     max_reserved_mbits_per_s_per_owner: RateMbits | None = None
     max_num_conn: Annotated[int, Field(ge=1, le=256)] | None = None
     max_connections: Annotated[int, Field(ge=1, le=65_536)] | None = None
+    max_requests_per_min_per_caller: Annotated[int, Field(ge=0, le=1_000_000)] | None = None
+    request_burst_per_caller: Annotated[int, Field(ge=1, le=1_000_000)] | None = None
 
 
 class Policy(_Table):
@@ -380,6 +382,9 @@ class Policy(_Table):
         max_reserved_mbits_per_s_per_owner: What the reservations of an owner may add up to, Mbit/s; 0 is no limit.
         max_num_conn: Listeners per stream.
         max_connections: Concurrent connections per listener.
+        max_requests_per_min_per_caller: How often a caller may ask the service, linked identities together, per minute;
+            0 is no limit.
+        request_burst_per_caller: How many requests of a caller may come at once.
         quota: Limits of their own for some callers; the first that names one of a caller's URNs counts.
     """
 
@@ -396,6 +401,8 @@ class Policy(_Table):
     max_reserved_mbits_per_s_per_owner: RateMbits = 0
     max_num_conn: Annotated[int, Field(ge=1, le=256)] = 64
     max_connections: Annotated[int, Field(ge=1, le=65_536)] = 256
+    max_requests_per_min_per_caller: Annotated[int, Field(ge=0, le=1_000_000)] = 3000
+    request_burst_per_caller: Annotated[int, Field(ge=1, le=1_000_000)] = 1000
     quota: list[Quota] = []
 
     @model_validator(mode="after")

@@ -32,9 +32,12 @@ from scistream_flows.errors import (
     ConfigError,
     FacilityUnreachable,
     ProtocolMismatch,
+    RateLimited,
     ScistreamError,
     Unauthenticated,
+    error_from_document,
 )
+from scistream_flows.registry import asked_from
 from scistream_flows.s2cs import S2CS, unix_owner
 
 log = logging.getLogger(__name__)
@@ -149,7 +152,10 @@ class _Question(socketserver.BaseRequestHandler):
     def handle(self) -> None:
         try:
             verb, document = _question(_line(self.request, LONGEST_QUESTION_BYTES, QUESTION_S))
-            owner = _owner(_peer(self.request)[1], self.server.service.config)
+            pid, uid, _ = _peer(self.request)
+            owner = _owner(uid, self.server.service.config)
+            asked_from.set(f"uid {uid} pid {pid}")  # of this thread, which answers one question
+            self.server.service.pace(owner)
             said = self.server.service.answer(verb, document, owner=owner)
         except ScistreamError as wrong:
             said = _refusal(wrong)
@@ -239,6 +245,23 @@ def ask(
     except (TypeError, ValueError) as wrong:
         raise BadRequest(f"the document is not JSON: {wrong}", which="document") from None
     until = time.monotonic() + deadline_s
+    while True:
+        said = _asked(path, verb, question, deadline_s, until)
+        pause_s = _pause_s(said)
+        if pause_s is None or time.monotonic() + pause_s >= until:
+            return said
+        time.sleep(pause_s)
+
+
+def _pause_s(said: Mapping[str, Any]) -> float | None:
+    """How long to wait before asking again, seconds; None unless the answer is that this account asks too often."""
+    wrong = said.get("error")
+    limited = error_from_document(wrong) if isinstance(wrong, dict) else None
+    return limited.retry_after_s if isinstance(limited, RateLimited) else None
+
+
+def _asked(path: Path, verb: str, question: bytes, deadline_s: float, until: float) -> dict[str, Any]:
+    """One question and its answer."""
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as connection:
         try:
             connection.settimeout(deadline_s)

@@ -156,6 +156,19 @@ class Busy(ScistreamError):
     http_status = 503
 
 
+class RateLimited(ScistreamError):
+    """The caller asks more often than the facility's policy allows. Nothing was done; `retry_after_s` says when to."""
+
+    code = "rate-limited"
+    http_status = 429
+
+    @property
+    def retry_after_s(self) -> float:
+        """How long to wait before the next request, seconds."""
+        wait_s = self.details.get("retry_after_s")
+        return float(wait_s) if isinstance(wait_s, int | float) else 1.0
+
+
 class CapacityExhausted(ScistreamError):
     """Nothing free at the moment that could carry the request; the message says what is free."""
 

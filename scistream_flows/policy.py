@@ -97,6 +97,26 @@ def admit_user(caller: Sequence[str], facility: FacilityConfig, *, service: str)
         )
 
 
+def paced(busy_until_s: float, now_s: float, *, per_min: float, burst: int) -> tuple[float, float]:
+    """Whether something may happen now that may happen so often per minute, `burst` times at once.
+
+    Args:
+        busy_until_s: What this answered the last time; 0 at first. A clock that was set back costs one burst at most.
+        now_s: The time.
+        per_min: How often per minute.
+        burst: How often at once.
+
+    Returns:
+        The next `busy_until_s`, and how long to wait, seconds: 0 if it may happen, which has then been counted.
+    """
+    each_s = 60 / per_min
+    full_s = burst * each_s
+    busy_s = min(max(busy_until_s - now_s, 0.0), full_s)
+    wait_s = busy_s + each_s - full_s
+    # less than a microsecond is the rounding of these numbers
+    return (now_s + busy_s, wait_s) if wait_s > 1e-6 else (now_s + busy_s + each_s, 0.0)
+
+
 def administers(caller: Collection[str], facility: FacilityConfig) -> bool:
     """Whether one of the caller's identities is an administrator of the facility."""
     return any(one in caller for one in facility.policy.administrators)

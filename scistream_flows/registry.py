@@ -18,14 +18,16 @@ import threading
 import time
 import weakref
 from collections.abc import Callable, Collection, Iterator, Sequence
+from contextvars import ContextVar
 from dataclasses import dataclass
 from datetime import datetime, timezone
+from itertools import pairwise
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, TypeAlias
+from typing import Any, BinaryIO, Literal, NamedTuple, TypeAlias
 
 from scistream_flows.errors import Busy, CapacityExhausted, ConfigError, NotFound, RegistryError
 from scistream_flows.models import Offer, RelayStatus, Request, Role
-from scistream_flows.policy import Usage
+from scistream_flows.policy import Usage, paced
 
 KEEP_ENDED_S = 86_400
 """How long the end of a stream can be asked for, seconds."""
@@ -41,10 +43,16 @@ NETWORK_FILE_SYSTEMS = frozenset(
 MOST_TICKETS = 256
 """Tickets of one side that have not expired: one for each of its listeners."""
 
+AUDIT_FILE_BYTES = 32 << 20
+"""How large a file of the audit log becomes before the next one is begun."""
+
+AUDIT_FILES = 10
+"""How many files of the audit log there are: `audit.jsonl`, and older ones as `audit.jsonl.1` to `.9`."""
+
 OUTLIVED_S = 300
 """So long after the lifetime of a stream none of its relays can run, whatever clocks and slow starts add, seconds."""
 
-_SCHEMA_VERSION = 4
+_SCHEMA_VERSION = 5
 _SCHEMA = """
 CREATE TABLE streams (
     id INTEGER PRIMARY KEY,
@@ -89,6 +97,7 @@ CREATE TABLE tickets (
 );
 CREATE INDEX tickets_of_stream ON tickets (stream);
 """,
+    4: "CREATE TABLE callers (name TEXT PRIMARY KEY, busy_until_s REAL NOT NULL)",
 }
 
 Phase = Literal["opening", "open", "ended"]
@@ -169,11 +178,20 @@ class TicketRow:
     used_for: str | None
 
 
+asked_from: ContextVar[str | None] = ContextVar("asked_from", default=None)
+"""Where the call comes from that is just answered, as the door through which it came knows: for the audit log."""
+
 Placement: TypeAlias = Callable[[Usage], Sequence[RelayRow]]
 """From the usage at that moment to the relays to start, or an error for the caller of `request`."""
 
 # The byte that is locked while the database is opened: SQLite does not wait for the switch to WAL.
 _OPENING = Key("", "", "PROD")
+# The same for the names of the audit log's files.
+_AUDIT = Key("", "audit", "PROD")
+_AUDIT_LOG = "audit.jsonl"
+# A position in the log: the number of a file, and so many bits for the place in it.
+_AUDIT_OFFSET_BITS = 26
+_AUDIT_INODE = (1 << 36) - 1
 
 
 class Registry:
@@ -415,6 +433,20 @@ class Registry:
         with self._transaction() as db:
             return _usage(db, {owner})
 
+    def pace(self, name: str, *, per_min: int, burst: int) -> float:
+        """Count a request of a caller, in all processes together; answers how long it has to wait, seconds.
+
+        Written as `policy.paced` has it, by the clock that all processes of this machine share.
+        """
+        now_s = time.monotonic()
+        with self._transaction() as db:
+            db.execute("DELETE FROM callers WHERE busy_until_s < ?", (now_s,))
+            row = db.execute("SELECT busy_until_s FROM callers WHERE name = ?", (name,)).fetchone()
+            after_s, wait_s = paced(row["busy_until_s"] if row else 0.0, now_s, per_min=per_min, burst=burst)
+            if not wait_s:
+                db.execute("INSERT OR REPLACE INTO callers VALUES (?, ?)", (name, after_s))
+            return wait_s
+
     # --- gateways
 
     def drain(self, gateway: str, *, draining: bool) -> bool:
@@ -430,57 +462,90 @@ class Registry:
     # --- audit
 
     def audit_lines(self) -> Iterator[dict[str, Any]]:
-        """The lines of `audit.jsonl`, oldest first. One that is torn, because its writer was killed, is left out.
+        """The lines of the audit log, oldest first. One that is torn, because its writer was killed, is left out.
 
         Raises:
-            RegistryError: When the file cannot be read.
+            RegistryError: When a file cannot be read.
         """
-        try:
-            with (self.state_dir / "audit.jsonl").open("rb") as lines:
-                for line in lines:
-                    with contextlib.suppress(ValueError):
-                        document = json.loads(line)
-                        if isinstance(document, dict):
-                            yield document
-        except FileNotFoundError:
-            return
-        except OSError as wrong:
-            raise _unusable(self.state_dir, wrong) from wrong
+        with self._audit_files() as files:
+            for file in files:
+                yield from filter(None, map(_audit_line, file))
+
+    def audit_followed(self) -> Iterator[dict[str, Any] | None]:
+        """The lines of the audit log, oldest first, and then each that comes: None whenever there is none yet.
+
+        Raises:
+            RegistryError: When a file cannot be read.
+        """
+        with contextlib.ExitStack() as stack:
+            files = stack.enter_context(self._audit_files())
+            for file in files[:-1]:
+                yield from filter(None, map(_audit_line, file))
+            last = files[-1] if files else None
+            begun = b""
+            while True:
+                if last is not None:
+                    moved = not self._is_the_audit_log(last)  # looked at first: then all of it is read
+                    while piece := last.readline():
+                        begun += piece
+                        if begun.endswith(b"\n"):
+                            line, begun = _audit_line(begun), b""
+                            if line:
+                                yield line
+                    if not moved:
+                        yield None
+                        continue
+                    last.close()
+                    last = None
+                try:
+                    last = stack.enter_context((self.state_dir / _AUDIT_LOG).open("rb"))
+                except FileNotFoundError:
+                    yield None
+                except OSError as wrong:
+                    raise _unusable(self.state_dir, wrong) from wrong
 
     def audit_from(self, position: int, *, most_bytes: int) -> tuple[list[dict[str, Any]], int]:
-        """The whole lines of `audit.jsonl` from a position on, of so many bytes, and the position after them.
+        """The whole lines of the audit log from a position on, of so many bytes, and the position after them.
+
+        The first position is 0. A position is a file and a place in it; where that file is gone, or shorter, it is read
+        from the beginning of what is there.
 
         Raises:
-            RegistryError: When the file cannot be read.
+            RegistryError: When a file cannot be read.
         """
-        try:
-            with (self.state_dir / "audit.jsonl").open("rb") as file:
-                start = position if position <= os.fstat(file.fileno()).st_size else 0
-                file.seek(start)
-                whole = file.read(most_bytes).rpartition(b"\n")[0]
-        except FileNotFoundError:
-            return [], 0
-        except OSError as wrong:
-            raise _unusable(self.state_dir, wrong) from wrong
-        found = []
-        for line in whole.splitlines():
-            with contextlib.suppress(ValueError):
-                document = json.loads(line)
-                if isinstance(document, dict):
-                    found.append(document)
-        return found, start + len(whole) + bool(whole)
+        with self._audit_files() as files:
+            known = [os.fstat(file.fileno()).st_ino & _AUDIT_INODE for file in files]
+            inode, start = position >> _AUDIT_OFFSET_BITS, position & ((1 << _AUDIT_OFFSET_BITS) - 1)
+            at = known.index(inode) if inode in known else 0
+            if inode not in known or start > os.fstat(files[at].fileno()).st_size:
+                start = 0
+            found: list[dict[str, Any]] = []
+            for number in range(at, len(files)):
+                files[number].seek(start)
+                whole = files[number].read(most_bytes).rpartition(b"\n")[0]
+                found += filter(None, map(_audit_line, whole.splitlines()))
+                position = known[number] << _AUDIT_OFFSET_BITS | (start + len(whole) + bool(whole))
+                if whole:  # the next file is for the next time
+                    break
+                start = 0
+            return found, position if files else 0
 
     def audit(self, event: str, key: Key | None, **details: Any) -> None:
-        """Append one JSON line to `audit.jsonl` (0600): `at, event`, of a stream `owner, uid, role`, and the details.
+        """Append one JSON line to `audit.jsonl` (0600).
+
+        It has `at, event`, of a stream `owner, uid, role`, where known `from`, and the details. When the file is full,
+        the next one is begun, and the oldest of AUDIT_FILES is removed.
 
         Raises:
             RegistryError: When the line cannot be written.
         """
         at = said_at(time.time())
-        line = json.dumps({"at": at, "event": event, **(key._asdict() if key else {}), **details}) + "\n"
+        where = asked_from.get()
+        about = {**(key._asdict() if key else {}), **({"from": where} if where else {})}
+        line = json.dumps({"at": at, "event": event, **about, **details}) + "\n"
         try:
             file = os.open(
-                self.state_dir / "audit.jsonl", os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o600
+                self.state_dir / _AUDIT_LOG, os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o600
             )
             try:
                 size = os.fstat(file).st_size
@@ -489,8 +554,39 @@ class Registry:
                 os.write(file, line.encode())  # one write: lines of several processes do not mix
             finally:
                 os.close(file)
+            if size + len(line) >= AUDIT_FILE_BYTES:
+                self._begin_audit_file()
         except OSError as wrong:
             raise _unusable(self.state_dir, wrong) from wrong
+
+    def _begin_audit_file(self) -> None:
+        with self.lock(_AUDIT, timeout_s=30):
+            names = [self.state_dir / name for name in _audit_names()]
+            if names[0].stat().st_size < AUDIT_FILE_BYTES:  # another process has begun it
+                return
+            for newer, older in reversed([*pairwise(names)]):
+                with contextlib.suppress(FileNotFoundError):
+                    newer.replace(older)
+
+    @contextlib.contextmanager
+    def _audit_files(self) -> Iterator[Sequence[BinaryIO]]:
+        """The files of the audit log, the oldest first, open for reading."""
+        with contextlib.ExitStack() as stack:
+            files = []
+            try:
+                with self.lock(_AUDIT, timeout_s=30):  # so that none is read twice, or not at all
+                    for name in reversed(_audit_names()):
+                        with contextlib.suppress(FileNotFoundError):
+                            files.append(stack.enter_context((self.state_dir / name).open("rb")))
+            except OSError as wrong:
+                raise _unusable(self.state_dir, wrong) from wrong
+            yield files
+
+    def _is_the_audit_log(self, file: BinaryIO) -> bool:
+        try:
+            return os.path.samestat((self.state_dir / _AUDIT_LOG).stat(), os.fstat(file.fileno()))
+        except OSError:
+            return False
 
     # --- the database
 
@@ -548,6 +644,19 @@ class Registry:
             db.close()
             raise
         return db
+
+
+def _audit_names() -> list[str]:
+    return [_AUDIT_LOG, *(f"{_AUDIT_LOG}.{number}" for number in range(1, AUDIT_FILES))]
+
+
+def _audit_line(line: bytes) -> dict[str, Any] | None:
+    """What a line says; None of one that is torn."""
+    with contextlib.suppress(ValueError):
+        document = json.loads(line)
+        if isinstance(document, dict):
+            return document
+    return None
 
 
 def said_at(time_s: float) -> str:

@@ -21,8 +21,10 @@ FIRST_RETRY_S: Final = 0.2
 LONGEST_RETRY_S: Final = 2.0
 LARGEST_ANSWER_BYTES: Final = 16 << 20  # the status of a stream with many connections is long
 
+TOO_OFTEN: Final = 429
+
 # What a server in between says of one behind it that does not answer.
-_NOT_OURS: Final = frozenset({429, 502, 503, 504})
+_NOT_OURS: Final = frozenset({TOO_OFTEN, 502, 503, 504})
 _OF_A_STREAM: Final = {
     "status": ("GET", ""),
     "update": ("PATCH", ""),
@@ -141,8 +143,11 @@ class RestService:
             else:
                 pause_s = max(pause_s, min(reply.pause_s, LONGEST_RETRY_S))
                 understood = self._understood(reply, token, path)
-                if understood is not None:
+                # whoever asks too often is told when to ask again, and nothing was done
+                wait_s = max(pause_s, reply.pause_s) if reply.status == TOO_OFTEN else 0.0
+                if understood is not None and not 0 < wait_s < until - time.monotonic():
                     return understood
+                pause_s = max(pause_s, wait_s if understood is not None else 0.0)
                 said = f"HTTP {reply.status}"
             if time.monotonic() + pause_s >= until:
                 raise FacilityUnreachable(

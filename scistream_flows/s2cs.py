@@ -17,12 +17,14 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
+from math import ceil
 from types import TracebackType
 from typing import Any, Final, Literal, TypeAlias, TypeVar
 
 from pydantic import BaseModel
 
 from scistream_flows import policy, route, side
+from scistream_flows.allowance import Allowance
 from scistream_flows.config import FacilityConfig, GatewayConfig
 from scistream_flows.errors import (
     PROTOCOL,
@@ -34,6 +36,7 @@ from scistream_flows.errors import (
     PolicyDenied,
     PortsExhausted,
     ProtocolMismatch,
+    RateLimited,
     RelayError,
     RelayLost,
     ScistreamError,
@@ -89,6 +92,11 @@ VERBS: Final = ("request", "hello", "update", "status", "renew", "release", "lis
 
 TICKET_S: Final = 3600
 
+REFUSALS_PER_MIN: Final = (
+    10  # lines of the audit log for the refusals of one caller, or of all strangers together
+)
+REFUSALS_AT_ONCE: Final = 60
+
 
 def unix_owner(uid: int | None = None) -> str:
     """The owner `urn:scistream:unix:UID@HOST` of calls from an account; by default, from this process."""
@@ -121,6 +129,8 @@ class S2CS:
         self._silent: dict[
             str, tuple[float, ScistreamError]
         ] = {}  # gateways that did not answer: when, and why
+        self._refusals = Allowance(per_min=REFUSALS_PER_MIN, burst=REFUSALS_AT_ONCE)
+        self._unwritten = 0
 
     def __enter__(self) -> S2CS:
         return self
@@ -132,6 +142,11 @@ class S2CS:
 
     def close(self) -> None:
         """Close the registry and the gateways. Streams live on."""
+        if self._unwritten:
+            with contextlib.suppress(ScistreamError):
+                self._registry.audit(
+                    "deny", None, message="refusals too many to write", unwritten=self._unwritten
+                )
         self._registry.close()
         for gateway in self._gateways.values():
             gateway.close()
@@ -152,7 +167,7 @@ class S2CS:
         key = Key(caller[0], request.uid, request.role)
         began = time.monotonic()
         self._sweep()
-        with self._registry.lock(key, timeout_s=LOCK_TIMEOUT_S), self._denials_audited(key):
+        with self._registry.lock(key, timeout_s=LOCK_TIMEOUT_S), self._denials_audited(key, caller):
             existing = self._registry.find(key)
             if existing is not None and existing.phase != "ended":
                 offer = self._again(existing, request)
@@ -285,7 +300,8 @@ class S2CS:
         lease_s = renewal.lease_s or stream.request.lease_s
         # what was admitted with the request stays so, whoever renews it
         limit = max(self.config.policy.of(_caller(owner)).longest_lease_s, stream.request.lease_s)
-        policy.admit_at_most("lease_s", lease_s, limit, self.config)
+        with self._denials_audited(stream.key, owner):
+            policy.admit_at_most("lease_s", lease_s, limit, self.config)
         return self._report(stream, self._renewed(stream, lease_s))
 
     def release(
@@ -328,13 +344,14 @@ class S2CS:
         query = read(ListQuery, document)
         caller = _caller(owner)
         if query.all_owners and not self.administers(caller):
-            self._registry.audit("deny", None, owner=caller[0], verb="list", which="all_owners")
-            raise PolicyDenied(
+            denied = PolicyDenied(
                 f"{caller[0]} may not list the streams of everybody at facility {self.config.name}",
                 which=caller[0],
                 hint=f"Administrators may: policy.administrators in {self.config.file or 'its configuration'}",
                 key="policy.administrators",
             )
+            self.refused(caller, denied)
+            raise denied
         return self._listing(
             lambda stream: query.all_owners or _may("monitor", stream, caller),
             include_ended=query.include_ended,
@@ -412,9 +429,11 @@ class S2CS:
         asked = read(TicketHello, document)
         known = self._registry.ticket(asked.ticket)
         if known is None:
-            raise _no_ticket()
+            unknown = _no_ticket()
+            self.refused(None, unknown)
+            raise unknown
         key = known.stream.key
-        with self._registry.lock(key, timeout_s=LOCK_TIMEOUT_S), self._denials_audited(key):
+        with self._registry.lock(key, timeout_s=LOCK_TIMEOUT_S), self._denials_audited(key, key.owner):
             stream = self._registry.find(key)
             if stream is None or stream.id != known.stream.id:
                 raise _no_ticket()
@@ -437,6 +456,58 @@ class S2CS:
             if not self._registry.use_ticket(asked.ticket, used_for=" ".join([caller, *asked.targets])):
                 raise _no_ticket()
             return self._arrived(stream, changes, by_ticket=caller)
+
+    # --- for the doors through which others call
+
+    def pace(self, owner: Caller) -> None:
+        """Count a request of this caller, in all processes of the facility together.
+
+        The doors for other accounts and machines do this once for each request. A call in this process is not counted:
+        whoever can make one holds the state directory.
+
+        Raises:
+            RateLimited: The caller has asked as often as policy allows.
+        """
+        caller = _caller(owner)
+        limits = self.config.policy.of(caller)
+        per_min = limits.max_requests_per_min_per_caller
+        if not per_min:
+            return
+        # linked identities are one caller, whichever of them calls; a group is many
+        name = min((one for one in caller if not one.startswith(GROUP_URN)), default=caller[0])
+        wait_s = self._registry.pace(name, per_min=per_min, burst=limits.request_burst_per_caller)
+        if wait_s:
+            limited = RateLimited(
+                f"{caller[0]} asks facility {self.config.name} more than {per_min} times a minute",
+                which=caller[0],
+                hint=f"Ask again in {ceil(wait_s)} s, and less often",
+                limit=per_min,
+                retry_after_s=ceil(wait_s),
+            )
+            self.refused(caller, limited)
+            raise limited
+
+    def refused(self, owner: Caller | None, wrong: ScistreamError, *, key: Key | None = None) -> None:
+        """Write down that somebody was refused: a caller, or None, a stranger.
+
+        Many of one caller, or of all strangers, are not all written: the next line says how many were not. So nobody
+        fills the disk, or pushes the lines of others out of the log.
+        """
+        caller = () if owner is None else _caller(owner)
+        if self._refusals.take(caller[0] if caller else ""):
+            self._unwritten += 1
+            return
+        unwritten, self._unwritten = self._unwritten, 0
+        self._registry.audit(
+            "deny",
+            key,
+            **({"owner": caller[0]} if caller and key is None else {}),
+            **({"caller": caller[0]} if caller and key is not None and key.owner != caller[0] else {}),
+            code=wrong.code,
+            message=wrong.message,
+            which=wrong.which,
+            **({"unwritten": unwritten} if unwritten else {}),
+        )
 
     # --- administration: for who holds the state directory, not reached by `answer`
 
@@ -548,11 +619,25 @@ class S2CS:
             uid: Only what concerns streams of this name.
             since_s: Only what happened in the last so many seconds.
         """
-        earliest = "" if since_s is None else said_at(max(0.0, time.time() - since_s))
+        earliest = _earliest(since_s)
         for line in self._registry.audit_lines():
-            if owner not in (None, line.get("owner")) or uid not in (None, line.get("uid")):
-                continue
-            if str(line.get("at", "")) >= earliest:
+            if _concerns(line, owner=owner, uid=uid, earliest=earliest):
+                yield line
+
+    def audit_followed(
+        self,
+        *,
+        owner: str | None = None,
+        uid: str | None = None,
+        since_s: float | None = None,
+        poll_s: float = 0.25,
+    ) -> Iterator[Mapping[str, Any]]:
+        """The lines of the audit log, and each that comes, for ever; looked for every `poll_s` seconds."""
+        earliest = _earliest(since_s)
+        for line in self._registry.audit_followed():
+            if line is None:
+                time.sleep(poll_s)
+            elif _concerns(line, owner=owner, uid=uid, earliest=earliest):
                 yield line
 
     def audit_from(self, position: int, *, most_bytes: int) -> tuple[Sequence[Mapping[str, Any]], int]:
@@ -707,6 +792,7 @@ class S2CS:
                 relays=[row.relay_id for row in stream.relays],
                 gateways=[row.gateway for row in stream.relays],
                 listeners=offer.addresses,
+                sources=self._sources(request),
                 **onwards[stream.relays[0].gateway],
             )
             self._registry.opened(stream, offer)
@@ -720,9 +806,6 @@ class S2CS:
         request = stream.request
         gateway = self._gateway(row.gateway)
         addresses = gateway.config.listen_addresses(request.role)
-        sources: Sequence[str] = ()
-        if request.role == "CONS":
-            sources = request.consumers or policy.default_consumers(self.config)
         ready = gateway.relays.start(
             {
                 "protocol": PROTOCOL,
@@ -735,7 +818,7 @@ class S2CS:
                     "last_port": gateway.config.port_range.last,
                     "indices": row.indices,
                 },
-                "sources": list(sources),
+                "sources": list(self._sources(request)),
                 "onward_source": route.source(gateway.config.onward_sources(request.role), onwards),
                 "probe": request.probe,
                 "until": request.until,
@@ -756,6 +839,12 @@ class S2CS:
             listeners=[RelayListener(index=one.index, address=one.address) for one in ready.listeners],
             lease_remaining_s=request.lease_s,
         )
+
+    def _sources(self, request: Request) -> Sequence[str]:
+        """Who may connect at the LAN listeners of CONS; PROD has none."""
+        if request.role == "PROD":
+            return ()
+        return request.consumers or policy.default_consumers(self.config)
 
     def _take_back(self, stream: StreamRow, wrong: BaseException) -> None:
         """Nothing stays of a stream that did not open, whatever went wrong."""
@@ -888,7 +977,10 @@ class S2CS:
         visible = [one for one in named if _may("monitor", one, caller)]
         mine = [one for one in visible if one.key.owner in caller] or visible
         if not mine:
-            raise not_found(uid, role)
+            unknown = not_found(uid, role)
+            # the same for one that is not there and one that is somebody else's
+            self.refused(caller, unknown, key=Key(caller[0], uid, role))
+            raise unknown
         if len(mine) > 1:
             raise Conflict(
                 f"{len(mine)} owners share a stream {uid!r} ({role}) with this caller",
@@ -897,12 +989,13 @@ class S2CS:
                 owners=sorted(one.key.owner for one in mine),
             )
         if not _may(right, mine[0], caller):
-            self._registry.audit("deny", mine[0].key, caller=_caller(owner)[0], right=right)
-            raise PolicyDenied(
+            denied = PolicyDenied(
                 f"this caller may monitor stream {uid!r} ({role}), not manage it",
                 which=uid,
                 hint="Ask its owner to name you in managers",
             )
+            self.refused(caller, denied, key=mine[0].key)
+            raise denied
         return mine[0]
 
     @contextlib.contextmanager
@@ -922,15 +1015,16 @@ class S2CS:
             stream = self._registry.find(key)
             if stream is None:
                 raise not_found(uid, role)
-            with self._denials_audited(key):
+            with self._denials_audited(key, owner):
                 yield self._settled(stream) if settle else stream
 
     @contextlib.contextmanager
-    def _denials_audited(self, key: Key) -> Iterator[None]:
+    def _denials_audited(self, key: Key, owner: Caller | None) -> Iterator[None]:
+        """A stranger with a ticket is nobody's: its refusals count as those of the stream's owner."""
         try:
             yield
         except (PolicyDenied, CapacityExhausted) as denied:
-            self._registry.audit("deny", key, code=denied.code, message=denied.message, which=denied.which)
+            self.refused(key.owner if owner is None else owner, denied, key=key)
             raise
 
     def _living(self, stream: StreamRow) -> Sequence[RelayStatus]:
@@ -1148,6 +1242,8 @@ class S2CS:
                 state=end.state,
                 reason=end.reason,
                 bytes=end.bytes.model_dump(),
+                **_duration(closed),
+                **_ends(closed),
             )
         return closed
 
@@ -1184,6 +1280,18 @@ def _caller(owner: Caller | None) -> tuple[str, ...]:
     return urns
 
 
+def _earliest(since_s: float | None) -> str:
+    return "" if since_s is None else said_at(max(0.0, time.time() - since_s))
+
+
+def _concerns(line: Mapping[str, Any], *, owner: str | None, uid: str | None, earliest: str) -> bool:
+    return (
+        owner in (None, line.get("owner"))
+        and uid in (None, line.get("uid"))
+        and str(line.get("at", "")) >= earliest
+    )
+
+
 def _no_ticket() -> Unauthenticated:
     """The one answer for a ticket that never was, has expired, or was used."""
     return Unauthenticated(
@@ -1198,6 +1306,29 @@ def _may(right: Right, stream: StreamRow, caller: Sequence[str]) -> bool:
     return policy.allows(
         right, owner=stream.key.owner, managers=request.managers, monitors=request.monitors, caller=caller
     )
+
+
+def _duration(stream: StreamRow) -> dict[str, float]:
+    """How long a stream was there, seconds: by the clock, which may have been set meanwhile."""
+    return (
+        {}
+        if stream.claimed_at is None
+        else {"duration_s": round(max(0.0, time.time() - stream.claimed_at), 3)}
+    )
+
+
+def _ends(stream: StreamRow) -> dict[str, Sequence[str]]:
+    """Between which addresses a stream was: where it listened, and what it was asked to connect to."""
+    request = stream.request
+    dialled = [
+        one.address for relay in (request.offer.relays if request.offer else ()) for one in relay.listeners
+    ]
+    lists = {
+        "listeners": stream.offer.addresses if stream.offer else (),
+        "targets": request.targets,
+        "peers": dialled,
+    }
+    return {name: some for name, some in lists.items() if some}
 
 
 def _reserved(request: Request) -> int:

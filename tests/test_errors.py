@@ -82,6 +82,8 @@ def test_details_are_readable_by_name() -> None:
     assert errors.RelayError("x").errno is None
     assert errors.ProtocolMismatch("x", theirs=2, ours=1).theirs == 2
     assert errors.ConfigError("x", file="f", key="k").key == "k"
+    assert errors.RateLimited("x", retry_after_s=3).retry_after_s == 3
+    assert errors.RateLimited("x", retry_after_s="soon").retry_after_s == 1
 
 
 def test_a_wait_that_times_out_is_a_timeout_error() -> None:
