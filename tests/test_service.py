@@ -84,20 +84,43 @@ def test_without_the_token_of_the_file_nobody_comes_in(served: Served) -> None:
         {"Host": "evil.example"},
         {"Host": "127.0.0.1"},
         {"Host": "localhost.evil.example:80"},
+        {"Host": "evil.example:{port}"},  # a name of theirs that was made to point here
+        {"Host": "127.0.0.1:1"},
+        {"Host": "localhost:{port}.evil.example"},
+        {"Host": "evil@localhost:{port}"},
+        {"Host": "localhost.:{port}"},
+        {"Host": "127.1:{port}"},
         {"Origin": "https://evil.example"},
+        {"Origin": "http://evil.example:{port}"},
+        {"Origin": "http://127.0.0.1:1"},  # another program of this machine serves pages too
+        {"Origin": "http://localhost"},
         {"Origin": "null"},
     ],
 )
 def test_a_page_of_elsewhere_cannot_call_a_development_facility(
     served: Served, caller: Caller, headers: dict[str, str]
 ) -> None:
-    for path in ("/streams", "/health", "/openapi.json"):
-        answer = caller.ask("GET", path, headers=headers)
-        assert (answer.status_code, answer.json()["code"]) == (403, "denied")
     port = served.url.rpartition(":")[2]
+    sent = {name: value.replace("{port}", port) for name, value in headers.items()}
+    for method, path in (
+        ("GET", "/streams"),
+        ("GET", "/health"),
+        ("GET", "/openapi.json"),
+        ("POST", "/hello"),
+    ):
+        answer = caller.ask(method, path, headers=sent)
+        assert (answer.status_code, answer.json()["code"]) == (403, "denied")
     for name in ("localhost", "127.0.0.1", "[::1]"):
         own = {"Host": f"{name}:{port}", "Origin": f"http://{name}:{port}"}
         assert caller.ask("GET", "/streams", headers=own).status_code == 200
+
+
+def test_two_host_headers_are_no_request(served: Served) -> None:
+    host, _, port = served.url.removeprefix("http://").rpartition(":")
+    with socket.create_connection((host, int(port)), timeout=40) as connection:
+        good, evil = f"Host: {host}:{port}\r\n", "Host: evil.example\r\n"
+        connection.sendall(f"GET /health HTTP/1.1\r\n{good}{evil}Connection: close\r\n\r\n".encode())
+        assert everything(connection).startswith(b"HTTP/1.1 400 ")
 
 
 def test_who_connects_and_does_not_ask_loses_the_connection(served: Served, caller: Caller) -> None:
