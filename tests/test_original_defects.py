@@ -22,6 +22,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from importlib.metadata import requires
 from pathlib import Path
 from typing import Any, Final
@@ -30,6 +31,9 @@ import httpx
 import psutil
 import pytest
 from serving import Caller, Served, serving
+from standins.globus import Globus
+from test_provider import with_client
+from users import Site, program, two_facilities, user_of
 
 import scistream_flows
 from scistream_flows import connect_facility, open_stream
@@ -760,3 +764,186 @@ def test_d36_udp_is_neither_carried_nor_promised(caller: Caller) -> None:
         line for page in pages for line in page.read_text().splitlines() if re.search(r"\bUDP\b", line)
     ]
     assert not [line for line in promised if not re.search(r"\b(no|not|nor|without|only TCP)\b", line)]
+
+
+# --- the command line
+
+
+@pytest.fixture(scope="module")
+def pair(base: Path) -> Iterator[tuple[Served, Served]]:
+    folder = base / "pair"
+    folder.mkdir()
+    with two_facilities(folder) as served:
+        yield served
+
+
+@pytest.fixture
+def user(pair: tuple[Served, Served], tmp_path: Path, relays_below: Relays) -> Iterator[Site]:
+    """Somebody at a terminal; after the test no relay of his runs."""
+    folder = pair[0].state_dir.parent
+    yield user_of(pair, folder, config=tmp_path / "config")
+    assert relays_below(folder, patience_s=5) == []
+
+
+def typed(user: Site, folder: Path, command: str, *arguments: str) -> subprocess.CompletedProcess[str]:
+    """A command, in a folder of its own."""
+    return subprocess.run(
+        [*program(command), *arguments],
+        cwd=folder,
+        env=user.environment,
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+
+
+def test_d14_hello_comes_when_it_comes_and_who_hangs_up_keeps_nothing(user: Site, application: Any) -> None:
+    host, _, port = application.address.rpartition(":")
+    say = ("create-appctrl", "late", user.prod, "-", "PROD", host, "--ports", port)
+    early = user.appctrl(*say)
+    assert (early.returncode, early.stdout) == (1, "")
+    assert "there is no stream 'late'" in early.stderr
+    waiting = user.begin("prod-req", "--uid", "late", "--s2cs", user.prod, "--num-conn", "1")
+    try:
+        assert waiting.stderr
+        while "waiting for hello message: appctrl" not in waiting.stderr.readline():
+            assert waiting.poll() is None
+        assert user.appctrl(*say).returncode == 0
+        said, _ = waiting.communicate(timeout=60)
+    finally:
+        if waiting.poll() is None:
+            waiting.kill()
+            waiting.communicate()
+    assert waiting.returncode == 0
+    assert re.search(r'(?im)^listeners: *"127\.0\.0\.1:\d+"', said)
+    assert user.s2uc("release", "late").returncode == 0
+
+
+@pytest.mark.parametrize("name", ["HaproxySubprocess", "S2DS"])
+def test_d23_capitals_of_a_type_make_no_difference(tmp_path: Path, name: str) -> None:
+    told = [
+        run("s2cs", "--type", one, "--listener-ip", "nonsense", cwd=tmp_path) for one in (name, name.lower())
+    ]
+    assert told[0].returncode == told[1].returncode == 2
+    assert told[0].stderr.lower() == told[1].stderr.lower()
+    assert "Traceback" not in told[0].stderr
+
+
+def test_d25_a_release_brings_the_token_that_is_pinned_to_the_service(
+    base: Path, user: Site, tmp_path: Path, relays_below: Relays
+) -> None:
+    folder = base / "globus"
+    folder.mkdir()
+    with Globus() as globus, with_client(globus, folder, "known") as known:
+        alice = globus.add_person("alice@example.org")
+        caller = Caller(known, globus.mint(alice, known.scope))
+        caller.ask("POST", "/streams", json=prod()).raise_for_status()
+        config, token = tmp_path / "config", tmp_path / "alice.token"
+        config.mkdir(exist_ok=True)
+        token.touch(0o600)
+        token.write_text(caller.token)
+        (config / "tokens.toml").write_text(f'[tokens]\n"{known.url}" = "{token}"\n')
+        done = user.s2uc("release", "s", "--s2cs", known.url)
+        assert (done.returncode, done.stdout) == (0, "Release completed\n"), done.stderr
+        assert "PROD" in done.stderr
+        assert caller.ask("GET", "/streams").json()["streams"] == []
+        caller.close()
+    assert relays_below(folder, patience_s=5) == []
+
+
+def test_d26_an_unknown_service_gets_no_token_and_the_user_is_told(user: Site, tmp_path: Path) -> None:
+    seen = []
+
+    class Stranger(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            seen.append(dict(self.headers))
+            self.send_response(401)
+            self.send_header("Content-Length", "0")
+            self.end_headers()
+
+        def log_message(self, *_: Any) -> None: ...
+
+    config, token = tmp_path / "config", tmp_path / "token"
+    config.mkdir()
+    token.touch(0o600)
+    token.write_text("for-somebody-else")
+    (config / "tokens.toml").write_text(f'[tokens]\n"https://scistream.example.org" = "{token}"\n')
+    with ThreadingHTTPServer(("127.0.0.1", 0), Stranger) as server:
+        thread = threading.Thread(target=server.serve_forever, args=(0.05,))
+        thread.start()
+        done = user.s2uc("list", "--s2cs", f"127.0.0.1:{server.server_port}")
+        server.shutdown()
+        thread.join(10)
+    assert (done.returncode, done.stdout) == (1, "")
+    assert "does not answer as a facility" in done.stderr
+    assert seen
+    assert not [one for one in seen if "authorization" in {name.lower() for name in one}]
+
+
+def test_d27_and_d29_no_token_is_shown_or_taken_as_an_argument_and_no_file_is_left_behind(
+    user: Site, application: Any, tmp_path: Path
+) -> None:
+    here = tmp_path / "here"
+    here.mkdir()
+    host, _, port = application.address.rpartition(":")
+    application_at = ("--remote-ip", host, "--receiver-ports", port, "--num-conn", "1")
+    told = [
+        typed(user, here, *words)
+        for words in (
+            ("s2uc", "--debug", "inbound-request", "--uid", "seen", *application_at, "--s2cs", user.prod),
+            ("s2uc", "--debug", "status", "seen"),
+            ("s2uc", "--debug", "list", "--s2cs", user.prod),
+            ("s2uc", "check-auth"),
+            ("s2uc", "--debug", "release", "seen"),
+            ("appctrl", "create-appctrl", "seen", user.prod, "a-token-on-the-command-line", "PROD"),
+        )
+    ]
+    assert [one.returncode for one in told[:3]] == [0, 0, 0], [one.stderr for one in told]
+    assert (told[4].returncode, told[5].returncode) == (0, 2), told[4].stderr
+    assert "can be read by everybody" in told[5].stderr
+    shown = "".join(one.stdout + one.stderr for one in told)
+    for served in user.served:
+        assert served.token not in shown
+    assert [*here.iterdir()] == []
+    kept = [path for path in tmp_path.rglob("*") if path.is_file()]
+    assert not [path.name for path in kept if stat.S_IMODE(path.stat().st_mode) & 0o077]
+
+
+def test_d30_whatever_is_not_done_has_an_exit_code_and_no_data(user: Site, tmp_path: Path) -> None:
+    wrong: list[tuple[int, tuple[str, ...]]] = [
+        (1, ("s2uc", "inbound-request", "--remote-ip", "192.0.2.1", "--s2cs", user.prod)),
+        (2, ("s2uc", "outbound-request", "never", "127.0.0.1:5100", "--s2cs", user.cons)),
+        (2, ("s2uc", "outbound-request", "../x", "127.0.0.1:5100", "--s2cs", user.cons)),
+        (1, ("s2uc", "status", "never")),
+        (2, ("s2uc", "no-such-command")),
+        (1, ("appctrl", "create-appctrl", "never", user.prod, "-", "PROD")),
+        (2, ("appctrl", "create-appctrl", "never", user.prod, "-", "MIDDLE")),
+    ]
+    with ThreadPoolExecutor(4) as pool:
+        ended = [*pool.map(lambda one: typed(user, tmp_path, *one[1]), wrong)]
+    for (code, words), done in zip(wrong, ended, strict=True):
+        assert done.returncode == code, (words, done.stderr)
+        assert (done.stdout.count("istener"), done.stderr.count("Traceback")) == (0, 0), words
+        assert done.stderr.strip(), words
+
+
+def test_d33_a_port_that_is_taken_is_said_and_whoever_has_it_lives_on(user: Site, tmp_path: Path) -> None:
+    listens = "import socket, sys; s = socket.create_server(('127.0.0.1', 0)); print(s.getsockname()[1], flush=True)"
+    with subprocess.Popen(
+        [sys.executable, "-c", f"{listens}; sys.stdin.read()"],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    ) as other:
+        assert other.stdout
+        port = other.stdout.readline().strip()
+        done = typed(user, tmp_path, "appctrl", "run-producer", port, "--count", "1")
+        assert (done.returncode, done.stdout) == (1, "")
+        assert f"port {port} cannot be bound" in done.stderr
+        served = typed(user, tmp_path, "appctrl", "iperf-server", port)
+        assert served.returncode != 0
+        assert other.poll() is None
+        assert is_open(f"127.0.0.1:{port}")
+        other.communicate("", timeout=20)
+        assert other.returncode == 0
