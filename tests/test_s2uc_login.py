@@ -8,11 +8,15 @@ from __future__ import annotations
 import json
 import os
 import re
+import ssl
 import stat
 import subprocess
+import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from typing import Any, ClassVar
 
 import httpx
 import pytest
@@ -177,6 +181,43 @@ def test_a_scope_that_changes_is_an_error(world: World) -> None:
         done = world.s2uc(*words, "--s2cs", world.facility.url, "--scope", other)
         assert done.returncode == 1
         assert "since the login, not" in done.stderr
+
+
+def test_a_server_that_names_the_scope_of_another_facility_gets_no_login(
+    world: World, certificate: tuple[Path, Path]
+) -> None:
+    assert world.log_in().returncode == 0
+
+    class Evil(BaseHTTPRequestHandler):
+        seen: ClassVar[list[str | None]] = []
+
+        def do_GET(self) -> None:
+            self.seen.append(self.headers["Authorization"])
+            body = json.dumps({"globus_auth_scope": world.scope}).encode()
+            self.send_response(200)
+            self.send_header("Content-Length", str(len(body)))
+            self.end_headers()
+            self.wfile.write(body)
+
+        def log_message(self, *_: Any) -> None: ...
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Evil) as server:
+        context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+        context.load_cert_chain(*certificate)
+        server.socket = context.wrap_socket(server.socket, server_side=True)
+        thread = threading.Thread(target=server.serve_forever, args=(0.05,))
+        thread.start()
+        address = f"https://127.0.0.1:{server.server_port}"
+        before = world.kept
+        done = world.s2uc("login", "--s2cs", address, "--client-id", world.app)
+        listed = world.s2uc("list", "--s2cs", address)
+        server.shutdown()
+        thread.join(10)
+    assert (done.returncode, done.stdout) == (1, "")
+    assert f"names the scope of {world.facility.url}, to which it is pinned" in done.stderr
+    assert listed.returncode == 1
+    assert {*Evil.seen} == {None}
+    assert world.kept == before
 
 
 def test_an_expired_token_is_renewed_without_the_person(world: World) -> None:

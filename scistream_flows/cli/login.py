@@ -110,7 +110,8 @@ class Logins:
             ca_file: Certificates to verify the facility with, PEM.
 
         Raises:
-            Unauthenticated: Globus refused, or the scope is not the pinned one.
+            Unauthenticated: Globus refused, or the scope is not the pinned one, or what the facility tells is pinned to
+                another address.
             MissingExtra, BadRequest, FacilityUnreachable, AuthUnavailable: Why it was not possible.
         """
         url = base_url(address)
@@ -119,6 +120,14 @@ class Logins:
         if known is not None and told is not None and told != known.scope:
             self.pin(address, told)
         wanted = whole_scope(scope) if scope else told or ""
+        owner = next((one for one, pin in self.pins().items() if pin.scope == told and one != url), None)
+        if owner is not None:
+            # whoever names the scope of another facility would be sent the tokens for that one
+            raise Unauthenticated(
+                f"{address} names the scope of {owner}, to which it is pinned",
+                which=address,
+                hint=f"If it is the same facility, say so: --scope {told}",
+            )
         client_id = client_id or (known.client_id if known else None)
         if client_id is None:
             raise BadRequest(
