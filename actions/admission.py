@@ -19,7 +19,7 @@ from scistream_flows.s2cs import S2CS
 from .auth import Authenticator, admit, names_group
 from .lifecycle import identify
 
-REFUSED_PER_MIN: Final = 60
+REFUSED_PER_MIN: Final = 20
 REFUSED_AT_ONCE: Final = 60
 """Tokens and tickets that are none, from one address, in this process: each has to be looked up."""
 

@@ -19,6 +19,7 @@ from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
+from scistream_flows.allowance import Allowance
 from scistream_flows.errors import (
     PROTOCOL,
     BadRequest,
@@ -34,6 +35,12 @@ from .auth import check_host
 log = logging.getLogger("scistream_flows.access")
 
 LONGEST_BODY_BYTES: Final = 256 * 1024
+
+REFUSALS_PER_MIN: Final = 60
+REFUSALS_AT_ONCE: Final = 100
+"""Lines of the log for requests that were refused, of everybody together; those beyond are counted in the next one."""
+
+_REFUSED: Final = frozenset({400, 401, 403, 404, 405, 408, 413, 429})
 
 REQUEST_WITHIN_S: Final = 10.0
 """So long a caller may take for the head of a request, and again for its body, seconds."""
@@ -109,9 +116,10 @@ def _complaint(wrong: RequestValidationError) -> ScistreamError:
 
 
 class Doorkeeper:
-    """Sees every request first: refuses what is too large or meant for another host, and logs all of them.
+    """Sees every request first: refuses what is too large or meant for another host, and logs it.
 
     A line of the log has the client, the method, the path without its query, the status and the time; never a header.
+    Many refusals are counted instead.
 
     Args:
         app: What comes after.
@@ -129,6 +137,8 @@ class Doorkeeper:
         self._app = app
         self._hosts = hosts
         self._note = note
+        self._refusals = Allowance(per_min=REFUSALS_PER_MIN, burst=REFUSALS_AT_ONCE)
+        self._unwritten = 0
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Handle one request."""
@@ -155,18 +165,24 @@ class Doorkeeper:
             status = 500
             raise
         finally:
-            client = (scope.get("client") or ("-",))[0]
-            path = scope["path"].encode("unicode_escape").decode()
             took_s = time.monotonic() - began
             self._note(getattr(scope.get("route"), "path", None), scope["method"], status, took_s)
-            log.info(
-                "%s %s %s %s %.0f ms",
-                client,
-                scope["method"],
-                path,
-                status or "-",
-                1000 * took_s,
-            )
+            self._log(scope, status, took_s=took_s)
+
+    def _log(self, scope: Scope, status: int, *, took_s: float) -> None:
+        if status in _REFUSED and self._refusals.take(""):
+            self._unwritten += 1
+            return
+        unwritten, self._unwritten = self._unwritten, 0
+        log.info(
+            "%s %s %s %s %.0f ms%s",
+            (scope.get("client") or ("-",))[0],
+            scope["method"],
+            scope["path"].encode("unicode_escape").decode(),
+            status or "-",
+            1000 * took_s,
+            f", {unwritten} refused before it not logged" if unwritten else "",
+        )
 
     def _refusal(self, headers: Headers) -> JSONResponse | None:
         if self._hosts is not None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import socket
 import ssl
 import stat
@@ -16,6 +17,7 @@ import pytest
 from serving import Caller, Served, serving
 from standins.globus import Globus
 
+from scistream_flows.actions.answers import REFUSALS_AT_ONCE
 from scistream_flows.actions.service import serve
 from scistream_flows.config import FacilityConfig, load_facility
 from scistream_flows.errors import BadRequest, ConfigError, ScistreamError
@@ -146,6 +148,22 @@ def everything(connection: socket.socket) -> bytes:
         while data := connection.recv(4096):
             content += data
     return content
+
+
+def test_a_flood_of_refusals_does_not_fill_the_log(tmp_path: Path) -> None:
+    with serving(tmp_path, "flooded", development=True) as flooded:
+        with httpx.Client(base_url=flooded.url, timeout=30) as stranger:
+            count = 2 * REFUSALS_AT_ONCE
+            assert {stranger.get("/streams").status_code for _ in range(count)} == {401}
+            assert stranger.get("/health").status_code == 200
+        flooded.stop()
+        lines = [line for line in flooded.log.read_text().splitlines() if "scistream_flows.access" in line]
+    refused = [line for line in lines if " 401 " in line]
+    assert REFUSALS_AT_ONCE <= len(refused) < count
+    said = [
+        int(found[1]) for line in lines if (found := re.search(r", (\d+) refused before it not logged", line))
+    ]
+    assert len(refused) + sum(said) == count
 
 
 def test_health_says_that_it_answers_and_nothing_else(served: Served) -> None:
