@@ -498,16 +498,17 @@ class S2CS:
             self._unwritten += 1
             return
         unwritten, self._unwritten = self._unwritten, 0
-        self._registry.audit(
-            "deny",
-            key,
-            **({"owner": caller[0]} if caller and key is None else {}),
-            **({"caller": caller[0]} if caller and key is not None and key.owner != caller[0] else {}),
-            code=wrong.code,
-            message=wrong.message,
-            which=wrong.which,
-            **({"unwritten": unwritten} if unwritten else {}),
-        )
+        about: dict[str, Any] = {"code": wrong.code, "message": wrong.message, "which": wrong.which}
+        if caller and key is None:
+            about["owner"] = caller[0]
+        elif caller and key is not None and key.owner != caller[0]:
+            about["caller"] = caller[0]
+        if unwritten:
+            about["unwritten"] = unwritten
+        try:
+            self._registry.audit("deny", key, **about)
+        except ScistreamError as full:  # refused it is all the same, in the same words
+            log.error("a refusal (%s) is not in the audit log: %s", wrong.code, full)
 
     # --- administration: for who holds the state directory, not reached by `answer`
 

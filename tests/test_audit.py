@@ -12,7 +12,7 @@ import pytest
 from serving import Caller, Served, serving
 
 from scistream_flows import registry as registry_module
-from scistream_flows.errors import NotFound, PolicyDenied, ScistreamError
+from scistream_flows.errors import NotFound, PolicyDenied, RegistryError, ScistreamError
 from scistream_flows.models import Offer
 from scistream_flows.registry import AUDIT_FILES, Registry
 from scistream_flows.s2cs import REFUSALS_AT_ONCE, S2CS, unix_owner
@@ -136,6 +136,20 @@ def test_refusals_of_one_caller_are_counted_rather_than_written_and_hide_nobody_
     (*_, last) = lines(service, "deny")
     assert last["owner"] == CAROL
     assert last["unwritten"] == 3 * REFUSALS_AT_ONCE - written
+
+
+def test_where_nothing_can_be_written_a_refusal_stays_one_and_nothing_is_opened(
+    facility: Make, caplog: pytest.LogCaptureFixture
+) -> None:
+    service = facility()
+    (service.config.state_dir / "audit.jsonl").mkdir()
+    for uid in ("none", "neither"):
+        said = service.answer("status", of(uid), owner=BOB)
+        assert said["error"]["code"] == "not-found"
+    assert "is not in the audit log" in caplog.text
+    with pytest.raises(RegistryError):
+        service.request(of(targets=["127.0.0.1:9"]), owner=ALICE)
+    assert service.list({"protocol": 1}, owner=ALICE).streams == []
 
 
 def test_what_was_not_written_is_said_at_the_end(facility: Make) -> None:
