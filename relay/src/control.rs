@@ -13,7 +13,7 @@ use tokio::net::{UnixListener, UnixStream};
 use tokio::sync::watch;
 use tokio::task::JoinSet;
 
-use crate::config::{Changes, PROTOCOL, check_seconds};
+use crate::config::{Changes, Config, PROTOCOL, check_seconds};
 use crate::relay::{Reason, Relay};
 
 const LONGEST_REQUEST_BYTES: u64 = 1 << 20;
@@ -22,7 +22,7 @@ const MOST_CLIENTS: usize = 64;
 
 #[derive(Deserialize)]
 #[serde(tag = "verb", rename_all = "lowercase", deny_unknown_fields)]
-enum Verb {
+pub enum Verb {
     Status {},
     Update { changes: Changes },
     Renew { lease_s: f64 },
@@ -32,7 +32,7 @@ enum Verb {
 
 #[derive(Deserialize)]
 #[serde(rename_all = "lowercase")]
-enum StopReason {
+pub enum StopReason {
     Released,
     Admin,
 }
@@ -90,46 +90,40 @@ async fn attend(relay: Arc<Relay>, stream: UnixStream) {
     let _ = writer.write_all(format!("{answer}\n").as_bytes()).await;
 }
 
-async fn answer(relay: &Relay, line: &str) -> Value {
+/// What a request asks of a relay with this configuration, checked; or the answer that refuses it.
+pub fn parse(line: &str, config: &Config) -> Result<Verb, Value> {
     let refused = |code: &str, message: String| json!({"protocol": PROTOCOL, "error": {"code": code, "message": message}});
-    let mut request: Value = match serde_json::from_str(line) {
-        Ok(request) => request,
-        Err(error) => return refused("bad-request", format!("control request: {error}")),
-    };
+    let bad = |message: String| refused("bad-request", message);
+    let mut request: Value =
+        serde_json::from_str(line).map_err(|error| bad(format!("control request: {error}")))?;
     // Before the verb: another protocol may have other verbs, and that is the mistake to report.
     let protocol =
         request.as_object_mut().and_then(|fields| fields.remove("protocol")).unwrap_or(Value::Null);
     if protocol != json!(PROTOCOL) {
-        return refused(
+        return Err(refused(
             "protocol",
             format!("protocol {protocol} was asked, this s2ds speaks protocol {PROTOCOL}"),
-        );
+        ));
     }
-    let verb: Verb = match serde_json::from_value(request) {
-        Ok(verb) => verb,
-        Err(error) => return refused("bad-request", format!("control request: {error}")),
-    };
-    match verb {
-        Verb::Status {} => {}
-        Verb::Update { changes } => {
-            if let Err(message) = changes.check(&relay.config) {
-                return refused("bad-request", message);
-            }
-            relay.update(changes);
-        }
-        Verb::Renew { lease_s } => {
-            if let Err(message) = check_seconds("lease_s", lease_s, 0.1) {
-                return refused("bad-request", message);
-            }
-            relay.renew(lease_s, true);
-        }
-        Verb::Drain { deadline_s } => {
-            if let Err(message) = check_seconds("deadline_s", deadline_s, 0.0) {
-                return refused("bad-request", message);
-            }
-            relay.drain(Duration::from_secs_f64(deadline_s), Reason::Released);
-        }
-        Verb::Stop { reason } => {
+    let verb = serde_json::from_value(request).map_err(|error| bad(format!("control request: {error}")))?;
+    match &verb {
+        Verb::Status {} | Verb::Stop { .. } => Ok(()),
+        Verb::Update { changes } => changes.check(config),
+        Verb::Renew { lease_s } => check_seconds("lease_s", *lease_s, 0.1),
+        Verb::Drain { deadline_s } => check_seconds("deadline_s", *deadline_s, 0.0),
+    }
+    .map_err(bad)?;
+    Ok(verb)
+}
+
+async fn answer(relay: &Relay, line: &str) -> Value {
+    match parse(line, &relay.config) {
+        Err(refusal) => return refusal,
+        Ok(Verb::Status {}) => {}
+        Ok(Verb::Update { changes }) => relay.update(changes),
+        Ok(Verb::Renew { lease_s }) => relay.renew(lease_s, true),
+        Ok(Verb::Drain { deadline_s }) => relay.drain(Duration::from_secs_f64(deadline_s), Reason::Released),
+        Ok(Verb::Stop { reason }) => {
             let reason = match reason {
                 StopReason::Released => Reason::Released,
                 StopReason::Admin => Reason::Admin,

@@ -151,7 +151,7 @@ impl Session {
             };
             done += discard;
             match seen {
-                Seen::Progress => {}
+                Seen::Progress | Seen::Flushed => {}
                 Seen::PeerClosed => self.peer_closed = true,
                 Seen::Blocked(standing) => {
                     self.standing = standing;
@@ -215,7 +215,7 @@ impl Session {
     }
 
     /// After an error the library queues the alert that tells the peer why. It still knows of messages in `rest`, and wants to
-    /// find them there.
+    /// find them there; but once it has given the alert away it would read on, and fail again.
     fn collect_alert(&mut self, rest: &mut [u8]) {
         for _ in 0..4 {
             let seen = match &mut self.side {
@@ -309,6 +309,8 @@ enum Traffic<'c> {
 
 enum Seen {
     Progress,
+    /// All that was queued for the peer stands in `outgoing`.
+    Flushed,
     PeerClosed,
     Blocked(Standing),
     Failed(rustls::Error),
@@ -339,7 +341,7 @@ fn handle<Data>(
         Ok(ConnectionState::TransmitTlsData(data)) => {
             // It stands in `outgoing`, which is always written in order.
             data.done();
-            Seen::Progress
+            Seen::Flushed
         }
         Ok(ConnectionState::ReadTraffic(mut traffic)) => {
             let mut seen = Seen::Progress;

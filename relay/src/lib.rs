@@ -2,20 +2,20 @@
 
 mod carry;
 mod client;
-mod config;
+pub mod config;
 mod confine;
 mod connection;
 mod cons;
-mod control;
+pub mod control;
 mod errno;
 mod events;
 mod gauge;
 mod inspect;
-mod key;
+pub mod key;
 mod launch;
 mod listen;
 mod pipe;
-mod preamble;
+pub mod preamble;
 mod prod;
 mod relay;
 mod resources;
@@ -23,7 +23,7 @@ mod runtime_dir;
 mod socket;
 mod splice;
 mod supervise;
-mod tls;
+pub mod tls;
 mod tls_copy;
 mod workers;
 
@@ -73,7 +73,8 @@ const CLOSING: Duration = Duration::from_secs(1);
 /// Unless the configuration says otherwise: half of the cores, since the kernel's share of the work needs the others.
 const MOST_WORKERS: usize = 4;
 
-fn main() -> ExitCode {
+/// The commands of docs/relay.md.
+pub fn main() -> ExitCode {
     let arguments = match Arguments::parse() {
         Ok(arguments) => arguments,
         Err(message) => {
