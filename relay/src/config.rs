@@ -217,6 +217,9 @@ pub struct Config {
     pub handshake_timeout_s: f64,
     #[serde(default)]
     pub idle_s: f64,
+    /// Like `idle_s`, for a connection of which one direction has ended.
+    #[serde(default)]
+    pub half_closed_s: f64,
     #[serde(default = "default_drain_s")]
     pub drain_s: f64,
     #[serde(default = "default_user_timeout_s")]
@@ -309,6 +312,7 @@ impl Config {
             ("connect_timeout_s", self.connect_timeout_s, 0.1),
             ("handshake_timeout_s", self.handshake_timeout_s, 0.1),
             ("idle_s", self.idle_s, 0.0),
+            ("half_closed_s", self.half_closed_s, 0.0),
             ("drain_s", self.drain_s, 0.0),
             ("user_timeout_s", self.user_timeout_s, 0.1),
         ] {

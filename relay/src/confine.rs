@@ -8,7 +8,7 @@ use landlock::{
     ABI, Access, AccessFs, AccessNet, NetPort, PathBeneath, PathFd, Ruleset, RulesetAttr, RulesetCreatedAttr,
     RulesetStatus, Scope,
 };
-use rustix::process::{DumpableBehavior, Resource, Rlimit, set_dumpable_behavior, setrlimit};
+use rustix::process::{DumpableBehavior, Resource, Rlimit, getrlimit, set_dumpable_behavior, setrlimit};
 use seccompiler::{
     BpfProgram, SeccompAction, SeccompCmpArgLen, SeccompCmpOp, SeccompCondition, SeccompFilter, SeccompRule,
     apply_filter_all_threads,
@@ -18,6 +18,8 @@ use serde::Serialize;
 /// What was given up, as `status` reports it: `applied`, for Landlock also `partly`, or why it was not.
 #[derive(Clone, Debug, Serialize)]
 pub struct Confinement {
+    privileges: String,
+    limits: String,
     seccomp: String,
     landlock: String,
     memory: String,
@@ -27,15 +29,40 @@ pub struct Confinement {
 /// there are threads: Landlock counts for the calling thread and those that it starts. A kernel that knows a part not is no
 /// error, because older ones are in use; `status` says so.
 ///
-/// `directory` is where the control socket is, which goes with the process.
-pub fn confine(directory: &Path) -> Confinement {
+/// `directory` is where the control socket is, which goes with the process. `log`: what is written to a file is the event log.
+pub fn confine(directory: &Path, log: bool) -> Confinement {
     // Kept from the first time on, and found by a call that is given up.
     let _ = rustix::param::page_size();
-    Confinement { memory: keep_memory_private(), landlock: forget_files(directory), seccomp: drop_calls() }
+    Confinement {
+        privileges: gain_no_privileges(),
+        limits: set_limits(log),
+        memory: keep_memory_private(),
+        landlock: forget_files(directory),
+        seccomp: drop_calls(),
+    }
 }
 
 fn said(outcome: Result<(), String>) -> String {
     outcome.err().unwrap_or_else(|| "applied".into())
+}
+
+/// No program that is started here ever has more rights than this process.
+fn gain_no_privileges() -> String {
+    said(rustix::thread::set_no_new_privs(true).map_err(|error| error.to_string()))
+}
+
+/// The number of descriptors is final, no memory is locked, and the event log keeps its bound whatever this process tries. The
+/// limit for processes counts all threads of the user on the node, so it is no limit for one relay: seccomp is.
+fn set_limits(log: bool) -> String {
+    let set = |resource: Resource, most: Option<u64>| {
+        setrlimit(resource, Rlimit { current: most, maximum: most })
+            .map_err(|error| format!("{resource:?}: {error}"))
+    };
+    said(
+        set(Resource::Nofile, getrlimit(Resource::Nofile).current)
+            .and_then(|()| set(Resource::Memlock, Some(0)))
+            .and_then(|()| if log { set(Resource::Fsize, Some(LARGEST_FILE_BYTES)) } else { Ok(()) }),
+    )
 }
 
 /// The private key is in this memory: no core dump, and no other process of the same user reads it.
@@ -133,6 +160,9 @@ fn rules() -> Result<BTreeMap<i64, Vec<SeccompRule>>, String> {
     ]);
     Ok(rules)
 }
+
+/// More than the event log ever takes: reaching it would end the process.
+const LARGEST_FILE_BYTES: u64 = 2 << 20;
 
 /// The bits of a socket's type that are no flags.
 const SOCKET_KIND: u64 = 0xf;

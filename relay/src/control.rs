@@ -18,7 +18,7 @@ use crate::relay::{Reason, Relay};
 
 const LONGEST_REQUEST_BYTES: u64 = 1 << 20;
 const REQUEST_TIMEOUT: Duration = Duration::from_secs(5);
-const MOST_CLIENTS: usize = 64;
+pub const MOST_CLIENTS: usize = 64;
 
 #[derive(Deserialize)]
 #[serde(tag = "verb", rename_all = "lowercase", deny_unknown_fields)]

@@ -178,6 +178,20 @@ fn run(configuration: &[u8], directory: &Path, detached: bool) -> ExitCode {
         Err(message) => return failed(EXIT_FAILED, "io", None, &message),
     };
     raise_descriptor_limit();
+    let workers = match config.workers {
+        0 => std::thread::available_parallelism().map_or(1, |cores| (cores.get() / 2).clamp(1, MOST_WORKERS)),
+        chosen => chosen,
+    };
+    let descriptors = listen::descriptors(&config, workers);
+    if let (needed, Some(limit)) = descriptors
+        && needed > limit
+    {
+        let message = format!(
+            "max_connections and indices may come to need {needed} descriptors, and this process may have {limit} \
+             (ulimit -Hn): ask for less, or raise the limit"
+        );
+        return failed(EXIT_FAILED, "limits", Some("EMFILE"), &message);
+    }
     let bound = match listen::bind(&config.listen) {
         Ok(bound) => bound,
         Err(error) => return failed(EXIT_FAILED, error.code, Some(&error.errno), &error.message),
@@ -196,13 +210,9 @@ fn run(configuration: &[u8], directory: &Path, detached: bool) -> ExitCode {
     };
     // Only the one that this process has bound: another relay of the same id keeps its own.
     let _socket = RemovedAtEnd(path);
-    let workers = match config.workers {
-        0 => std::thread::available_parallelism().map_or(1, |cores| (cores.get() / 2).clamp(1, MOST_WORKERS)),
-        chosen => chosen,
-    };
     let null = detached.then(|| std::fs::OpenOptions::new().write(true).open("/dev/null"));
     // From here on nothing is opened, started or bound but what streams need.
-    let confinement = confine::confine(Path::new("."));
+    let confinement = confine::confine(Path::new("."), detached);
     let runtime = match tokio::runtime::Builder::new_current_thread().enable_all().build() {
         Ok(runtime) => runtime,
         Err(error) => {
@@ -240,7 +250,8 @@ fn run(configuration: &[u8], directory: &Path, detached: bool) -> ExitCode {
         }
         let relay = Relay::new(config, identity, events.clone(), listeners, confinement)
             .map_err(|error| (String::new(), format!("TLS: {error}")))?;
-        Ok(serve(Arc::new(relay), workers, sockets, control).await)
+        let half_open = Arc::new(listen::HalfOpen::new(descriptors));
+        Ok(serve(Arc::new(relay), workers, half_open, sockets, control).await)
     });
     match outcome {
         Ok(end) => ExitCode::from(match end {
@@ -265,11 +276,11 @@ impl Drop for RemovedAtEnd {
 async fn serve(
     relay: Arc<Relay>,
     workers: Arc<Workers>,
+    half_open: Arc<listen::HalfOpen>,
     sockets: Vec<(Arc<relay::Listener>, TcpListener)>,
     control: tokio::net::UnixListener,
 ) -> End {
     let control = tokio::spawn(control::serve(relay.clone(), control));
-    let half_open = Arc::new(listen::HalfOpen::default());
     let accepting: Vec<_> = sockets
         .into_iter()
         .map(|(listener, socket)| {

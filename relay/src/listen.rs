@@ -11,15 +11,21 @@ use tokio::net::{TcpListener, TcpStream};
 
 use crate::config::{Config, Listen, Role};
 use crate::connection::lock;
+use crate::control::MOST_CLIENTS;
 use crate::errno;
+use crate::pipe::POOLED_PIPES;
 use crate::relay::{Listener, NO_PEERS, Relay};
-use crate::workers::Workers;
+use crate::workers::{DESCRIPTORS_OF_A_RUNTIME, Workers};
 
 const BACKLOG: i32 = 4096;
-/// Connections whose key is not proven yet: in total, and from one source.
-const HALF_OPEN: Cap = Cap { total: 512, from_one_source: 128 };
+/// Connections whose key is not proven yet, in total; one source has a quarter of the places at most.
+const MOST_HALF_OPEN: u64 = 512;
 /// The same from addresses that a peer has named: all connections of a stream come from its few gateways.
-const HALF_OPEN_NAMED: Cap = Cap { total: 8192, from_one_source: 8192 };
+const MOST_HALF_OPEN_NAMED: u64 = 8192;
+/// Descriptors for both at least; below, strangers could keep the peers waiting.
+const LEAST_HALF_OPEN: u64 = 64;
+/// Descriptors of a relay that has no listeners, workers or connections, generously.
+const DESCRIPTORS_OF_ITS_OWN: u64 = 16;
 /// A port that the kernel has chosen on one address may be taken on the other; then it chooses again.
 const KERNEL_CHOICES: u32 = 64;
 /// After a shortage of descriptors or memory, how long accepting pauses.
@@ -131,6 +137,23 @@ fn open(address: SocketAddr) -> std::io::Result<StdListener> {
     Ok(socket.into())
 }
 
+/// The descriptors that a relay of this configuration may come to need, and may have at most (None: any number).
+///
+/// Its worst case is every listener full, each worker's pipes in use, and somebody at each place of the control socket.
+/// Pipes beyond the pooled ones are not counted, because without them bytes are copied.
+pub fn descriptors(config: &Config, workers: usize) -> (u64, Option<u64>) {
+    let indices = config.listen.indices.len() as u64;
+    let sockets = indices * config.listen.addresses().len() as u64;
+    let of_a_worker = DESCRIPTORS_OF_A_RUNTIME + 2 * POOLED_PIPES as u64;
+    let needed = DESCRIPTORS_OF_ITS_OWN
+        + LEAST_HALF_OPEN
+        + MOST_CLIENTS as u64
+        + sockets
+        + workers as u64 * of_a_worker
+        + 2 * indices * u64::from(config.max_connections);
+    (needed, rustix::process::getrlimit(rustix::process::Resource::Nofile).current)
+}
+
 /// Accepts until the relay drains or ends. No error ends it: a shortage pauses it, anything else concerns one connection.
 pub async fn serve(
     relay: Arc<Relay>,
@@ -170,8 +193,10 @@ fn admit(
     stream: TcpStream,
     source: SocketAddr,
 ) {
-    if crate::socket::prepare(&stream, relay.user_timeout()).is_err() {
-        return;
+    match crate::socket::prepare(&stream, relay.user_timeout()) {
+        Ok(None) => {}
+        Ok(Some(error)) => relay.warn_of_keepalive(&error),
+        Err(_) => return,
     }
     let cause = if relay.config.role == Role::Prod && !relay.has_peers() {
         Some(NO_PEERS)
@@ -230,17 +255,12 @@ impl Drop for Active {
     }
 }
 
-struct Cap {
-    total: u32,
-    from_one_source: u32,
-}
-
 /// Who has not proven a key yet. Those from a named address are counted apart, so that strangers cannot take their places.
-#[derive(Default)]
 pub struct HalfOpen(Mutex<[Waiting; 2]>);
 
-#[derive(Default)]
 struct Waiting {
+    most: u32,
+    most_from_one_source: u32,
     total: u32,
     by_source: HashMap<IpAddr, u32>,
 }
@@ -253,18 +273,37 @@ pub struct Ticket {
 }
 
 impl HalfOpen {
+    /// No more than descriptors allow when everything else is in use: `needed` and `limit` are of `descriptors`.
+    pub fn new((needed, limit): (u64, Option<u64>)) -> HalfOpen {
+        let spare = limit.unwrap_or(u64::MAX).saturating_sub(needed - LEAST_HALF_OPEN);
+        let strangers = MOST_HALF_OPEN.min(spare / 2);
+        let named = MOST_HALF_OPEN_NAMED.min(spare - strangers);
+        HalfOpen(Mutex::new([Waiting::new(strangers, strangers.div_ceil(4)), Waiting::new(named, named)]))
+    }
+
     /// None when too many are in front of the door, in total or from this source.
     fn enter(self: &Arc<Self>, source: IpAddr, named: bool) -> Option<Ticket> {
-        let cap = if named { HALF_OPEN_NAMED } else { HALF_OPEN };
         let mut groups = lock(&self.0);
         let waiting = &mut groups[usize::from(named)];
         let from_source = waiting.by_source.get(&source).copied().unwrap_or(0);
-        if waiting.total >= cap.total || from_source >= cap.from_one_source {
+        if waiting.total >= waiting.most || from_source >= waiting.most_from_one_source {
             return None;
         }
         waiting.total += 1;
         waiting.by_source.insert(source, from_source + 1);
         Some(Ticket { half_open: self.clone(), source, named })
+    }
+}
+
+impl Waiting {
+    fn new(most: u64, most_from_one_source: u64) -> Waiting {
+        let number = |count| u32::try_from(count).unwrap_or(u32::MAX);
+        Waiting {
+            most: number(most),
+            most_from_one_source: number(most_from_one_source),
+            total: 0,
+            by_source: HashMap::new(),
+        }
     }
 }
 

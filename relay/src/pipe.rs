@@ -12,7 +12,7 @@ pub const PIPE_BYTES: usize = 1 << 20;
 /// Below this a pipe moves less per call than a buffer would.
 const LEAST_PIPE_BYTES: usize = 64 << 10;
 pub const BUFFER_BYTES: usize = 256 << 10;
-const POOLED_PIPES: usize = 32;
+pub const POOLED_PIPES: usize = 32;
 const POOLED_BUFFERS: usize = 16;
 
 static OPEN_PIPES: AtomicUsize = AtomicUsize::new(0);

@@ -4,7 +4,7 @@
 use std::collections::{BTreeMap, HashMap};
 use std::net::{IpAddr, SocketAddr};
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, RwLock};
+use std::sync::{Arc, Mutex, Once, RwLock};
 use std::time::{Duration, Instant};
 
 use rustls::{ClientConfig, ServerConfig};
@@ -115,6 +115,7 @@ pub struct Relay {
     /// The end record, once everything is closed.
     pub record: watch::Sender<Option<Value>>,
     next_connection: AtomicU64,
+    warned_of_keepalive: Once,
 }
 
 /// Why a connection is turned away before `update` has brought the peers.
@@ -212,6 +213,7 @@ impl Relay {
             }),
             ended: watch::Sender::new(None),
             next_connection: AtomicU64::new(1),
+            warned_of_keepalive: Once::new(),
             config,
             identity,
             events,
@@ -229,7 +231,7 @@ impl Relay {
     }
 
     pub fn user_timeout_ms(&self) -> u32 {
-        u32::try_from(self.user_timeout().as_millis()).unwrap_or(u32::MAX)
+        crate::socket::milliseconds(self.user_timeout())
     }
 
     pub fn connect_timeout(&self) -> Duration {
@@ -485,6 +487,15 @@ impl Relay {
             "shortage"
         };
         self.live().refusals.entry(cause).or_insert((0, nobody)).0 += 1;
+    }
+
+    /// Dead peers will be noticed late, or never: said once, and the connection goes on.
+    pub fn warn_of_keepalive(&self, error: &std::io::Error) {
+        self.warned_of_keepalive.call_once(|| {
+            let message =
+                "keepalive and TCP_USER_TIMEOUT cannot be set: a peer that vanishes is noticed late";
+            self.events.emit("warning", json!({"errno": crate::errno::of(error), "message": message}));
+        });
     }
 
     pub fn has_connections(&self) -> bool {

@@ -20,19 +20,23 @@ const KEEPALIVE_S: (u64, u64) = (1, 32767);
 /// SO_LINGER {on, 0} comes first and stays until an orderly close: whatever ends this process, SIGKILL included, the peer sees
 /// a reset and never a clean end of a stream that was cut. No SO_RCVBUF or SO_SNDBUF: they would switch the kernel's
 /// auto-tuning off. A keepalive or TCP_USER_TIMEOUT that cannot be set only makes a dead peer be noticed later, so it is no
-/// reason to refuse the connection.
-pub fn prepare(socket: impl AsFd, user_timeout: Duration) -> io::Result<()> {
+/// reason to refuse the connection: it is returned as a warning.
+pub fn prepare(socket: impl AsFd, user_timeout: Duration) -> io::Result<Option<io::Error>> {
     sockopt::set_socket_linger(&socket, Some(Duration::ZERO))?;
     sockopt::set_tcp_nodelay(&socket, true)?;
     let pause = (user_timeout / KEEPALIVES_A_TIMEOUT).as_secs().clamp(KEEPALIVE_S.0, KEEPALIVE_S.1);
     let pause = Duration::from_secs(pause);
-    let _ = sockopt::set_socket_keepalive(&socket, true)
+    let set = sockopt::set_socket_keepalive(&socket, true)
         .and_then(|()| sockopt::set_tcp_keepidle(&socket, pause))
         .and_then(|()| sockopt::set_tcp_keepintvl(&socket, pause))
-        .and_then(|()| sockopt::set_tcp_keepcnt(&socket, KEEPALIVES_A_TIMEOUT));
-    let _ =
-        sockopt::set_tcp_user_timeout(&socket, u32::try_from(user_timeout.as_millis()).unwrap_or(u32::MAX));
-    Ok(())
+        .and_then(|()| sockopt::set_tcp_keepcnt(&socket, KEEPALIVES_A_TIMEOUT))
+        .and_then(|()| sockopt::set_tcp_user_timeout(&socket, milliseconds(user_timeout)));
+    Ok(set.err().map(io::Error::from))
+}
+
+/// A time-out as TCP_USER_TIMEOUT takes it: what is longer than its 24 days is 24 days.
+pub fn milliseconds(timeout: Duration) -> u32 {
+    u32::try_from(timeout.as_millis().min(i32::MAX as u128)).unwrap_or_default()
 }
 
 /// Lets the coming close be an orderly one: both directions have ended with the applications' own FIN.
@@ -70,7 +74,8 @@ pub async fn connect(
     user_timeout: Duration,
 ) -> io::Result<TcpStream> {
     let socket = if address.is_ipv4() { TcpSocket::new_v4()? } else { TcpSocket::new_v6()? };
-    prepare(&socket, user_timeout)?;
+    // What cannot be set here can neither where the relay accepts, and is said there.
+    let _ = prepare(&socket, user_timeout)?;
     if let Some(source) = source {
         socket.bind(SocketAddr::new(source, 0))?;
     }

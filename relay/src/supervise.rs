@@ -84,8 +84,10 @@ fn look_at(relay: &Relay, connection: &Connection, now: Instant) {
             }
         }
     }
-    let idle_s = relay.config.idle_s;
-    if idle_s > 0.0 && gauge.idle_s(now) >= idle_s {
+    let silent_for = |limit_s: f64| limit_s > 0.0 && gauge.idle_s(now) >= limit_s;
+    if connection.is_half_closed() && silent_for(relay.config.half_closed_s) {
+        connection.cut("half-closed");
+    } else if silent_for(relay.config.idle_s) {
         connection.cut("idle");
     }
 }

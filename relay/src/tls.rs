@@ -151,7 +151,7 @@ impl Session {
             };
             done += discard;
             match seen {
-                Seen::Progress | Seen::Flushed => {}
+                Seen::Progress => {}
                 Seen::PeerClosed => self.peer_closed = true,
                 Seen::Blocked(standing) => {
                     self.standing = standing;
@@ -215,8 +215,9 @@ impl Session {
     }
 
     /// After an error the library queues the alert that tells the peer why. It still knows of messages in `rest`, and wants to
-    /// find them there; but once it has given the alert away it would read on, and fail again.
+    /// find them there; but once it has given the alert away it must not be asked again: it would read on, and fail again.
     fn collect_alert(&mut self, rest: &mut [u8]) {
+        let before = self.outgoing.filled;
         for _ in 0..4 {
             let seen = match &mut self.side {
                 Side::Client(connection) => {
@@ -226,7 +227,7 @@ impl Session {
                     handle(connection.process_tls_records(rest), &mut self.outgoing, &mut self.plain).1
                 }
             };
-            if !matches!(seen, Seen::Progress) {
+            if !matches!(seen, Seen::Progress) || self.outgoing.filled > before {
                 return;
             }
         }
@@ -309,8 +310,6 @@ enum Traffic<'c> {
 
 enum Seen {
     Progress,
-    /// All that was queued for the peer stands in `outgoing`.
-    Flushed,
     PeerClosed,
     Blocked(Standing),
     Failed(rustls::Error),
@@ -341,7 +340,7 @@ fn handle<Data>(
         Ok(ConnectionState::TransmitTlsData(data)) => {
             // It stands in `outgoing`, which is always written in order.
             data.done();
-            Seen::Flushed
+            Seen::Progress
         }
         Ok(ConnectionState::ReadTraffic(mut traffic)) => {
             let mut seen = Seen::Progress;

@@ -8,6 +8,9 @@ use tokio::net::TcpStream;
 use tokio::runtime::{Builder, Handle};
 use tokio::sync::watch;
 
+/// What a worker has open before it carries anything: epoll, its wakers and its share of the signals.
+pub const DESCRIPTORS_OF_A_RUNTIME: u64 = 6;
+
 pub struct Workers {
     handles: Vec<Handle>,
     next: AtomicUsize,

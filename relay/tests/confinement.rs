@@ -21,9 +21,11 @@ fn a_confined_process_can_carry_streams_and_little_else() {
     let target = TcpListener::bind("127.0.0.1:0").unwrap();
     let address = target.local_addr().unwrap();
 
-    let given_up = serde_json::to_value(confine::confine(&directory)).unwrap();
+    let given_up = serde_json::to_value(confine::confine(&directory, true)).unwrap();
     assert_eq!(given_up["seccomp"], "applied");
     assert_eq!(given_up["memory"], "applied");
+    assert_eq!(given_up["privileges"], "applied");
+    assert_eq!(given_up["limits"], "applied");
     let landlock = given_up["landlock"] != "not in this kernel";
 
     // What a stream needs goes on: connections, threads, its own status, the removal of its socket.

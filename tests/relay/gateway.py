@@ -236,6 +236,10 @@ class Pair:
         """Returns when `count` data connections have been there and none is open, on both sides."""
         eventually(lambda: all(self._has_closed(relay, count) for relay in self))
 
+    def wait_idle(self) -> None:
+        """Returns when no data connection is open, on both sides."""
+        eventually(lambda: all(relay.status()["connections"]["active"] == 0 for relay in self))
+
     @staticmethod
     def _has_closed(relay: Relay, count: int) -> bool:
         connections = relay.status()["connections"]

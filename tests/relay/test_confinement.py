@@ -1,6 +1,7 @@
 """A relay gives up what streams do not need, before it says that it is ready."""
 
 import os
+import re
 import shutil
 import subprocess
 from pathlib import Path
@@ -37,11 +38,19 @@ def test_a_relay_that_serves_is_confined_and_says_so(gateway: Gateway, apps: App
     for relay in pair:
         status = relay.status()
         assert status["confinement"]["seccomp"] == "applied"
-        assert status["confinement"]["memory"] == "applied"
+        for part in ("memory", "privileges", "limits"):
+            assert status["confinement"][part] == "applied"
         assert status["confinement"]["landlock"] in ("applied", "partly", "not in this kernel")
         for task in Path(f"/proc/{status['pid']}/task").iterdir():
             said = dict(line.split(":\t", 1) for line in (task / "status").read_text().splitlines())
             assert (said["NoNewPrivs"], said["Seccomp"]) == ("1", "2")
-        limits = Path(f"/proc/{status['pid']}/limits").read_text()
-        assert "Max core file size        0                    0" in limits
+        limits = dict(
+            re.findall(
+                r"^(Max .+?) {2,}(\S+ +\S+)", Path(f"/proc/{status['pid']}/limits").read_text(), re.MULTILINE
+            )
+        )
+        for resource, most in (("core file size", 0), ("locked memory", 0), ("file size", 2 << 20)):
+            assert limits[f"Max {resource}"].split() == [str(most)] * 2
+        soft, hard = limits["Max open files"].split()
+        assert soft == hard
     apps.exchange(consumer, producer, Payload(1, 3_000_000), Payload(2, 3_000_000))

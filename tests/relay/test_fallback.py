@@ -20,7 +20,8 @@ def gateway(binary: Path, request: pytest.FixtureRequest) -> Iterator[Gateway]:
         wrapper = Path(folder) / "s2ds"
         command = [
             sys.executable,
-            str(Path(__file__).with_name("without_splice.py")),
+            str(Path(__file__).with_name("without.py")),
+            "splice",
             str(request.param),
             str(binary),
         ]

@@ -216,3 +216,24 @@ def test_a_connection_that_is_silent_for_too_long_is_cut_and_the_others_are_not(
     assert (closed[0]["connection"], closed[0]["reason"]) == (1, "idle")
     assert watching.result() == [RESET, RESET]
     apps.exchange(consumer, producer, Payload(1, 1000), Payload(2, 1000))
+
+
+def test_a_connection_of_which_one_side_has_ended_and_the_other_is_silent_is_cut(
+    gateway: Gateway, apps: Applications, mode: str
+) -> None:
+    server = apps.listen()
+    pair = gateway.pair(mode, [server.getsockname()], prod={"half_closed_s": 0.6})
+    consumer, producer = apps.established(server, pair.cons)
+    open_still = apps.established(server, pair.cons)
+    consumer.shutdown(socket.SHUT_WR)
+    assert producer.recv(1) == b""
+    end = time.monotonic() + 1.2
+    while time.monotonic() < end:  # it answers, and is not silent
+        producer.sendall(b"x")
+        receive_exactly(consumer, 1)
+        time.sleep(0.05)
+    assert pair.prod.events("close") == []
+    assert [receive_until_broken(side) for side in (consumer, producer)] == [RESET, RESET]
+    close = pair.prod.wait_close()
+    assert (close["connection"], close["reason"]) == (1, "half-closed")
+    apps.exchange(*open_still, Payload(1, 1000), Payload(2, 1000))

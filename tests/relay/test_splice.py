@@ -208,6 +208,27 @@ def test_a_hundred_streams_of_one_user_outgrow_his_pipes_and_all_bytes_arrive(
             assert close["bytes"] == {"to_producer": crowd.there.size, "to_consumer": crowd.back.size}
 
 
+def test_a_file_that_is_sent_without_copying_arrives_whole(
+    gateway: Gateway, apps: Applications, mode: str, tmp_path: Path
+) -> None:
+    """Its pages travel through the relays; as long as nobody writes to it, what arrives is the file."""
+    payload = Payload(1, 30_000_000)
+    file = tmp_path / "frames"
+    file.write_bytes(payload.bytes())
+    server = apps.listen()
+    pair = gateway.pair(mode, [server.getsockname()])
+    consumer, producer = apps.through(server, pair.cons)
+
+    def send_file() -> None:
+        with file.open("rb") as frames:
+            producer.sendfile(frames)
+        producer.shutdown(socket.SHUT_WR)
+
+    sending = apps.task(send_file)
+    assert receive(consumer) == payload.digest()
+    sending.result()
+
+
 @pytest.mark.parametrize(("mode", "megabytes"), [("none", 40), ("tls", 160)])
 def test_two_hundred_stalled_streams_take_little_memory(
     gateway: Gateway, apps: Applications, mode: str, megabytes: int

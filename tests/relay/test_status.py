@@ -153,6 +153,20 @@ def test_a_rate_is_kept_to_and_the_stream_arrives_whole(
     apps.exchange(consumer, producer, Payload(1, 3_000_000), Payload(2, 3_000_000))
 
 
+def test_a_new_connection_keeps_to_the_rate_from_its_first_byte(
+    gateway: Gateway, apps: Applications, mode: str
+) -> None:
+    """It does not wait for the next time that the rate is divided."""
+    server = apps.listen()
+    rate = {"rate_mbits_per_s": 80}
+    pair = gateway.pair(mode, [server.getsockname()], prod=rate, cons=rate)
+    for _ in range(10):
+        ends = apps.established(server, pair.cons)
+        assert [paced(relay) for relay in pair] == [True, True]
+        apps.exchange(*ends, Payload(1, 1000), Payload(2, 1000))
+        pair.wait_idle()
+
+
 def paced(relay: Relay) -> bool:
     """The kernel has been told: it sends no faster into the WAN than 80 Mbit/s."""
     pacing = relay.status()["streams"][0]["legs"]["wan"]["pacing_bits_per_s"]

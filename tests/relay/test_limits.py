@@ -1,0 +1,159 @@
+"""What a node gives a relay, and what the relay does with little: descriptors, and options that cannot be set."""
+
+import errno
+import os
+import re
+import resource
+import shlex
+import signal
+import socket
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Protocol
+
+import pytest
+
+from .apps import Applications, Payload
+from .gateway import DEADLINE_S, Gateway, RefusedError, Relay, eventually, is_running, join, split
+
+WITHOUT = Path(__file__).with_name("without.py")
+
+
+class Limited(Protocol):
+    """Makes a gateway whose relays are started by a shell that runs some commands first, or through a runner."""
+
+    def __call__(self, commands: str = "", runner: str = "") -> Gateway: ...
+
+
+@pytest.fixture
+def limited(binary: Path) -> Iterator[Limited]:
+    with ExitStack() as stack:
+
+        def make(commands: str = "", runner: str = "") -> Gateway:
+            folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
+            wrapper = folder / "s2ds"
+            wrapper.write_text(f'#!/bin/sh\n{commands}\nexec {runner} {shlex.quote(str(binary))} "$@"\n')
+            wrapper.chmod(0o755)
+            gateway = Gateway(wrapper)
+            stack.callback(gateway.close)
+            return gateway
+
+        yield make
+
+
+def descriptor_limits(relay: Relay) -> list[str]:
+    (line,) = re.findall(r"Max open files +(\S+) +(\S+)", Path(f"/proc/{relay.pid}/limits").read_text())
+    return list(line)
+
+
+def test_a_relay_takes_the_hard_limit_of_descriptors(limited: Limited) -> None:
+    gateway = limited("ulimit -Sn 64; ulimit -Hn 3000")
+    relay = gateway.start(gateway.config("PROD", "tls"))
+    assert descriptor_limits(relay) == ["3000", "3000"]
+
+
+@pytest.mark.parametrize("verb", ["start", "run"])
+def test_a_configuration_that_does_not_fit_is_refused_with_the_number_that_is_needed(
+    limited: Limited, verb: str
+) -> None:
+    size = {"max_connections": 500, "workers": 3, "listen": {"indices": [0, 1]}}
+    needed = 144 + 2 + 70 * 3 + 2 * 500 * 2
+    gateway = limited(f"ulimit -n {needed - 1}")
+    with pytest.raises(RefusedError) as refusal:
+        gateway.verb(verb, document=gateway.config("PROD", "tls", **size))
+    assert (refusal.value.exit, refusal.value.code) == (1, "limits")
+    assert f"need {needed} descriptors" in refusal.value.message
+    assert f"may have {needed - 1} " in refusal.value.message
+    enough = limited(f"ulimit -n {needed}")
+    assert enough.start(enough.config("PROD", "tls", **size)).status()["state"] == "WAITING_HELLO"
+
+
+def test_out_of_descriptors_a_relay_rests_recovers_and_hears_its_end(
+    gateway: Gateway, apps: Applications
+) -> None:
+    """Somebody has taken them away: it accepts nobody, in peace, until there are some again."""
+    server = apps.listen()
+    pair = gateway.pair("tls", [server.getsockname()], prod={"handshake_timeout_s": 300})
+    consumer, producer = apps.established(server, pair.cons)
+    resource.prlimit(pair.prod.pid, resource.RLIMIT_NOFILE, (40, 40))
+    crowd = [apps.dial(pair.prod.address()) for _ in range(60)]
+    used = cpu_s(pair.prod)
+    time.sleep(2)
+    assert cpu_s(pair.prod) - used < 0.2
+    shortage = [event for event in pair.prod.events("refused") if event["cause"] == "EMFILE"]
+    assert 1 <= len(shortage) <= 4
+    apps.exchange(consumer, producer, Payload(1, 1_000_000), Payload(2, 1_000_000))
+    for stranger in crowd:
+        stranger.close()
+    apps.exchange(*apps.through(server, pair.cons), Payload(3, 1_000_000), Payload(4, 1_000_000))
+    crowd = [apps.dial(pair.prod.address()) for _ in range(60)]
+    eventually(lambda: len(list(Path(f"/proc/{pair.prod.pid}/fd").iterdir())) >= 40)
+    pair.prod.kill(signal.SIGTERM)
+    eventually(lambda: not is_running(pair.prod.pid), within_s=DEADLINE_S)
+    assert pair.prod.status()["state"] == "ENDED"
+
+
+def cpu_s(relay: Relay) -> float:
+    """What the process has used, from outside: it may have no descriptor left to answer with."""
+    fields = Path(f"/proc/{relay.pid}/stat").read_text().rpartition(")")[2].split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+
+def test_a_relay_without_work_sleeps(gateway: Gateway, apps: Applications, mode: str) -> None:
+    pair = gateway.pair(mode, [apps.listen().getsockname()])
+    before = [cpu_s(relay) for relay in pair]
+    time.sleep(2)
+    for relay, used in zip(pair, before, strict=True):
+        assert cpu_s(relay) - used < 0.1
+
+
+def keepalive_timers(far: str) -> list[float]:
+    """Of each connection with `far` at the other end: in how many seconds its peer is asked whether it is there."""
+    host, port = split(far)
+    wanted = f"{int.from_bytes(socket.inet_aton(host), sys.byteorder):08X}:{port:04X}"
+    rows = [row.split() for row in Path("/proc/net/tcp").read_text().splitlines()[1:]]
+    established, keepalive = "01", "02"
+    timers = [row[5].split(":") for row in rows if row[2] == wanted and row[3] == established]
+    return [int(when, 16) / os.sysconf("SC_CLK_TCK") for kind, when in timers if kind == keepalive]
+
+
+def test_both_legs_of_a_connection_ask_whether_their_peer_is_there(
+    gateway: Gateway, apps: Applications, mode: str
+) -> None:
+    server = apps.listen()
+    patience = {"user_timeout_s": 30}
+    pair = gateway.pair(mode, [server.getsockname()], prod=patience, cons=patience)
+    apps.established(server, pair.cons)
+    for relay in pair:
+        (stream,) = relay.status()["streams"]
+        for far in (stream["source"], stream["onward"]):
+            # Another timer may be there for a moment.
+            (timer,) = eventually(lambda far=far: keepalive_timers(far))  # type: ignore[misc]
+            assert timer <= 10
+
+
+def test_options_that_cannot_be_set_are_a_warning_and_no_reason_to_refuse(
+    limited: Limited, apps: Applications
+) -> None:
+    gateway = limited(runner=shlex.join([sys.executable, str(WITHOUT), "keepalive", str(errno.EPERM)]))
+    server = apps.listen()
+    pair = gateway.pair("none", [server.getsockname()])
+    for _ in range(3):
+        apps.exchange(*apps.through(server, pair.cons), Payload(1, 100_000), Payload(2, 100_000))
+    for relay in pair:
+        (warning,) = relay.events("warning")
+        assert warning["errno"] == "EPERM"
+        assert "keepalive" in warning["message"]
+
+
+def test_a_time_out_longer_than_the_kernel_takes_is_the_longest(gateway: Gateway, apps: Applications) -> None:
+    server = apps.listen()
+    patient = {"user_timeout_s": 300_000_000}
+    pair = gateway.pair("none", [server.getsockname()], prod=patient, cons=patient)
+    apps.exchange(*apps.through(server, pair.cons), Payload(1, 100_000), Payload(2, 100_000))
+    assert [relay.events("warning") for relay in pair] == [[], []]
+    assert join(server.getsockname()) == pair.prod.status()["targets"][0]
