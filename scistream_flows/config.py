@@ -621,7 +621,7 @@ def read_toml(path: Path) -> dict[str, Any]:
         tables: dict[str, Any] = tomllib.loads(path.read_text(encoding="utf-8"))
     except OSError as wrong:
         raise ConfigError(f"{path}: {wrong.strerror}", which=str(path), file=str(path)) from None
-    except ValueError as wrong:
+    except (ValueError, RecursionError) as wrong:  # the second: brackets in brackets in brackets
         raise ConfigError(f"{path} is not TOML: {wrong}", which=str(path), file=str(path)) from None
     return tables
 
@@ -644,7 +644,7 @@ def _override(
             key = variable.removeprefix("SCISTREAM_POLICY_").lower()
             try:
                 value: object = tomllib.loads(f"value = {text}")["value"]
-            except ValueError:
+            except (ValueError, RecursionError):
                 value = text
             policy = tables.setdefault("policy", {})
             if isinstance(policy, dict):  # any other is complained of below

@@ -172,7 +172,7 @@ class _Question(socketserver.BaseRequestHandler):
 def _question(line: bytes) -> tuple[str, dict[str, Any]]:
     try:
         asked = json.loads(line)
-    except ValueError:
+    except (ValueError, RecursionError):
         raise BadRequest("the question is not JSON", which="socket") from None
     if not isinstance(asked, dict):
         raise BadRequest("the question is not an object", which="socket")
