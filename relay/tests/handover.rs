@@ -181,20 +181,34 @@ fn times() -> usize {
 #[test]
 #[ignore = "needs the relay: tests/relay/test_handover.py runs it"]
 fn nothing_is_lost_on_the_way_to_the_producer() {
+    to_the_producer("prod", None, times());
+}
+
+/// The same peer says its part of the handshake in records of a few bytes: its messages lie in several of them, and the
+/// relay must neither lose one nor take two.
+#[test]
+#[ignore = "needs the relay: tests/relay/test_handover.py runs it"]
+fn nothing_is_lost_after_a_handshake_in_fragments() {
+    to_the_producer("fragments", Some(50), times() / 10);
+}
+
+fn to_the_producer(name: &str, fragment_bytes: Option<usize>, times: usize) {
     let identity = Identity::generate().unwrap();
     let producer = TcpListener::bind("127.0.0.1:0").unwrap();
     let relay = Relay::start(
-        "prod",
+        name,
         json!({
             "role": "PROD", "targets": [producer.local_addr().unwrap().to_string()],
             "peers": [{"public_key": identity.public, "source_addresses": ["127.0.0.1"]}]
         }),
     );
-    let config = identity.client(relay.public_key()).unwrap();
+    let mut config = (*identity.client(relay.public_key()).unwrap()).clone();
+    config.max_fragment_size = fragment_bytes;
+    let config = Arc::new(config);
     let mut request = [0; 64];
     request[..8].copy_from_slice(&[b'S', b'2', b'D', b'S', 1, 1, 2, 0]);
     request[8..24].copy_from_slice(&relay_id());
-    for number in 0..times() {
+    for number in 0..times {
         let mut stream = prepared(TcpStream::connect(relay.address()).unwrap());
         let name = ServerName::try_from("s2ds.invalid").unwrap();
         let mut session = Connection::Client(ClientConnection::new(config.clone(), name).unwrap());
