@@ -1,6 +1,6 @@
 # Each target does its own set-up (tools/setup) and is quick when that stands.
 # PYTHON=python3.12 make … uses another interpreter; ARGS=… is passed on to the demo, to pytest or to the benchmark.
-.PHONY: demo test bench check docs chaos wheel clean
+.PHONY: demo test bench check docs fuzz chaos wheel clean
 
 demo:
 	@tools/setup demo .venv/bin/python examples/demo/run.py $(ARGS)
@@ -24,6 +24,10 @@ FAULTS = tests/test_s2cs_crash.py tests/test_provider_faults.py tests/relay/test
 	tests/network/test_control_failures.py tests/network/test_two_gateways.py
 chaos:
 	@tools/setup demo,test .venv/bin/python -m pytest tests/chaos $(FAULTS) --results build/chaos/results.json $(ARGS)
+
+# An hour for each of what parses strangers' words: make fuzz SECONDS=60 is shorter. What it finds is in build/fuzz.
+fuzz:
+	@KEEP=1 nice -n 19 tools/fuzz $(or $(SECONDS),3600)
 
 wheel:
 	@tools/setup demo,test .venv/bin/python -m build --wheel --outdir dist

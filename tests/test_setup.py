@@ -104,5 +104,5 @@ def test_a_rustup_cargo_finds_its_toolchain_under_another_home(machine: Path) ->
 
 
 def test_the_scripts_are_executable() -> None:
-    for script in ("tools/setup", "tools/check", "tools/rustc-static", ".ci/run"):
+    for script in ("tools/setup", "tools/check", "tools/fuzz", "tools/rustc-static", ".ci/run"):
         assert os.access(ROOT / script, os.X_OK), script
