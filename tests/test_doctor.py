@@ -255,7 +255,7 @@ def test_settings_that_a_node_does_not_show_are_no_findings(dtn: FacilityConfig)
     [
         ("ktls", {"available": False, "errno": "ENOENT"}, "ktls", "note", "ENOENT", "modprobe tls"),
         ("kernel", "4.18.0-553.el8_10.x86_64", "kernel", "warning", "before 4.20", "5.11 or later"),
-        ("descriptors/hard", 4096, "descriptors", "warning", "4096 files", "dtn - nofile 33280"),
+        ("descriptors/hard", 4096, "descriptors", "warning", "4096 files", "dtn - nofile 33792"),
         ("pipe/granted_bytes", 8192, "pipes", "warning", "8192 bytes", "fs.pipe-user-pages-soft"),
         (
             "logind/kill_user_processes",
@@ -621,15 +621,15 @@ def test_too_few_descriptors_are_a_warning_until_there_are_as_many_as_it_says(si
 def test_a_quota_may_need_more_descriptors_than_the_policy(site: Environment) -> None:
     few = "max_num_conn = 1\nmax_connections = 10\n"
     site.write(policy=few)
-    assert found(site.examine_below("prlimit", "--nofile=600:600"), "descriptors") == []
+    assert found(site.examine_below("prlimit", "--nofile=1200:1200"), "descriptors") == []
     site.write(policy=few + '[[policy.quota]]\nusers = ["urn:scistream:unix:7@dtn"]\nmax_connections = 100')
-    (one,) = found(site.examine_below("prlimit", "--nofile=600:600"), "descriptors")
+    (one,) = found(site.examine_below("prlimit", "--nofile=1200:1200"), "descriptors")
     assert "100 connections" in one.message
 
 
 def test_a_connection_budget_bounds_what_descriptors_are_needed(site: Environment) -> None:
     site.write(connection_budget=40)
-    assert found(site.examine_below("prlimit", "--nofile=600:600"), "descriptors") == []
+    assert found(site.examine_below("prlimit", "--nofile=1200:1200"), "descriptors") == []
 
 
 @ROOT_ONLY

@@ -247,7 +247,8 @@ def test_no_verb_knows_a_relay_that_never_was(gateway: Gateway) -> None:
 
 
 def test_start_returns_only_when_every_listener_accepts(gateway: Gateway, apps: Applications) -> None:
-    relay = gateway.start(gateway.config("CONS", "tls", listen={"indices": list(range(256))}))
+    indices = {"indices": list(range(256))}
+    relay = gateway.start(gateway.config("CONS", "tls", listen=indices, max_connections=4))
     assert is_running(relay.pid)
     for index in range(256):
         apps.knock(relay.address(index))  # refused would be an error of connect
