@@ -19,7 +19,7 @@ HANDOVERS = 1000
 )
 @pytest.mark.timeout(600)
 def test_a_thousand_hand_overs_in_each_direction_lose_nothing(binary: Path) -> None:
-    """The last records of TLS, close_notify and 1 MiB of clear text are one write; also after a handshake in fragments."""
+    """The last records of TLS, close_notify and 1 MiB of clear text are one write; so after fragments."""
     done = subprocess.run(
         ["cargo", "test", "--quiet", "--locked", "--test", "handover", "--", "--ignored"],
         cwd=ROOT / "relay",
