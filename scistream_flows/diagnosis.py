@@ -224,13 +224,15 @@ _KERNELS: Final = (
 
 def _kernel_tls(case: Case) -> Iterator[Finding]:
     if case.facts.ktls.available:
-        yield case.finding("ktls", "ok", "the kernel offers TLS")
+        cipher = (
+            "AES-256-GCM" if case.facts.ktls.new_keys else "ChaCha20-Poly1305, if the other side's does too"
+        )
+        yield case.finding("ktls", "ok", f"the kernel carries mode tls, with {cipher}")
     else:
         yield case.finding(
             "ktls",
             "note",
-            f"the kernel offers no TLS ({case.facts.ktls.errno}); relays of this version copy in mode tls, with it or "
-            "without",
+            f"the kernel offers no TLS ({case.facts.ktls.errno}): in mode tls relays copy through user space",
             "modprobe tls && echo tls > /etc/modules-load.d/scistream.conf",
         )
 

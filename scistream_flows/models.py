@@ -465,7 +465,11 @@ class TcpLeg(_Part):
 
 
 class Connection(_Part):
-    """One connection through a relay; `path` says per direction how bytes move: splice, tls-copy, copy."""
+    """One connection through a relay.
+
+    `path` says per direction how bytes move: splice, copy, ktls-splice, ktls-copy or tls-copy. `path_reason` is why,
+    in mode tls.
+    """
 
     connection: int
     listener: int

@@ -57,10 +57,11 @@ class _Facts(BaseModel):
 
 
 class KernelTLS(_Facts):
-    """Whether a connection could be given to the kernel's TLS."""
+    """Whether a connection could be given to the kernel's TLS, and whether that takes new keys later."""
 
     available: bool = False
     errno: str | None = None
+    new_keys: bool | None = None
 
 
 class PipeFacts(_Facts):

@@ -105,7 +105,9 @@ def test_the_demo_streams_verifies_and_reports(tmp_path: Path, runs: list[Run], 
     assert result["setup"] == setup
     assert result["relays_left"] == 0
     assert [stream["mode"] for stream in result["streams"]] == ["tls", "auth"]
-    assert [stream["path"] for stream in result["streams"]] == ["tls-copy", "splice"]
+    tls, auth = (stream["path"] for stream in result["streams"])
+    assert tls in {"tls-copy", "ktls-splice"}  # as the kernel here has TLS or not
+    assert auth == "splice"
     for stream in result["streams"]:
         assert stream.keys() == {
             "mode", "path", "frames", "bytes", "verified", "gbit_per_s", "relay_cpu_s_per_gb", "setup_s",

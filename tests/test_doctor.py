@@ -44,7 +44,7 @@ NODE: dict[str, Any] = {
     "architecture": "x86_64",
     "at_ns": 1_795_386_177_339_738_102,
     "took_s": 0.002,
-    "ktls": {"available": True, "errno": None},
+    "ktls": {"available": True, "errno": None, "new_keys": True},
     "pipe": {"asked_bytes": 1048576, "granted_bytes": 1048576, "errno": None},
     "page_bytes": 4096,
     "own_addresses": [{"address": "192.0.2.10", "interface": "ens1"}],

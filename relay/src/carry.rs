@@ -8,6 +8,7 @@ use tokio::net::TcpStream;
 
 use crate::config::Role;
 use crate::connection::{Connection, Leg, LegError, Legs};
+use crate::ktls::{self, Handed};
 use crate::relay::{Closing, Reason, Relay};
 use crate::tls::Session;
 use crate::{splice, tls_copy};
@@ -30,8 +31,17 @@ pub async fn carry(
     relay.streaming(connection);
     let transfer = async {
         match session {
-            Some(session) => tls_copy::relay(session, &lan, &wan, connection).await,
-            None => splice::relay(&lan, &wan, connection).await,
+            Some(session) => match ktls::hand_over(&relay.kernel_tls, session, &wan)? {
+                Handed::ToKernel(tls) => {
+                    connection.explain_path(tls.reason());
+                    splice::relay(&lan, &wan, &*tls, connection).await
+                }
+                Handed::Back(session, reason) => {
+                    connection.explain_path(reason);
+                    tls_copy::relay(*session, &lan, &wan, connection).await
+                }
+            },
+            None => splice::relay(&lan, &wan, &splice::Clear, connection).await,
         }
     };
     let closing = tokio::select! {

@@ -8,6 +8,9 @@ use serde::{Deserialize, Serialize};
 
 use crate::key::PublicKey;
 
+/// Fewer are not counted exactly enough.
+const LEAST_RECORDS_PER_KEY: u64 = 1024;
+
 /// Version of every document and of the WAN preamble.
 pub const PROTOCOL: u32 = 1;
 
@@ -200,6 +203,9 @@ pub struct Config {
     pub until: Until,
     #[serde(default = "default_max_connections")]
     pub max_connections: u32,
+    /// Of a cipher that needs a new key after so many records, how many at most; 0 is the cipher's own limit.
+    #[serde(default)]
+    pub records_per_key: u64,
     #[serde(default)]
     pub rate_mbits_per_s: u64,
     /// Threads that carry connections; 0 lets the relay choose.
@@ -297,6 +303,12 @@ impl Config {
 
     fn check(&self) -> Result<(), String> {
         self.listen.check()?;
+        if (1..LEAST_RECORDS_PER_KEY).contains(&self.records_per_key) {
+            return Err(format!(
+                "records_per_key: {}, 0 or at least {LEAST_RECORDS_PER_KEY} is allowed",
+                self.records_per_key
+            ));
+        }
         if !(1..=65536).contains(&self.max_connections) {
             return Err(format!("max_connections: {}, 1 to 65536 is allowed", self.max_connections));
         }
@@ -450,6 +462,7 @@ mod tests {
             ("targets", serde_json::json!(["0.0.0.0:80"]), "no address to connect to"),
             ("sources", serde_json::json!(["10.0.0.0/33"]), "neither an IP address nor a CIDR network"),
             ("max_connections", serde_json::json!(0), "1 to 65536"),
+            ("records_per_key", serde_json::json!(1023), "0 or at least 1024"),
         ] {
             let message = refusal(|document| document[field] = value.clone());
             assert!(message.contains(said), "{field}: {message}");

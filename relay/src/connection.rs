@@ -52,6 +52,8 @@ pub enum Path {
     Splice,
     Copy,
     TlsCopy,
+    KtlsSplice,
+    KtlsCopy,
 }
 
 impl Path {
@@ -61,6 +63,8 @@ impl Path {
             Path::Splice => Some("splice"),
             Path::Copy => Some("copy"),
             Path::TlsCopy => Some("tls-copy"),
+            Path::KtlsSplice => Some("ktls-splice"),
+            Path::KtlsCopy => Some("ktls-copy"),
         }
     }
 }
@@ -145,6 +149,8 @@ impl Flow {
             1 => Path::Splice,
             2 => Path::Copy,
             3 => Path::TlsCopy,
+            4 => Path::KtlsSplice,
+            5 => Path::KtlsCopy,
             _ => Path::Unused,
         }
     }
@@ -205,6 +211,7 @@ pub struct Connection {
     to_producer: Flow,
     onward: Mutex<Option<SocketAddr>>,
     first_byte: OnceLock<Duration>,
+    path_reason: OnceLock<String>,
     legs: Mutex<Option<Legs>>,
     paused: [AtomicBool; 2],
     end: Notify,
@@ -231,6 +238,7 @@ impl Connection {
             to_producer: Flow::default(),
             onward: Mutex::new(None),
             first_byte: OnceLock::new(),
+            path_reason: OnceLock::new(),
             legs: Mutex::new(None),
             paused: Default::default(),
             end: Notify::new(),
@@ -272,6 +280,11 @@ impl Connection {
         if self.first_byte.get().is_none() {
             let _ = self.first_byte.set(self.opened.elapsed());
         }
+    }
+
+    /// Why the bytes of mode `tls` travel as they do.
+    pub fn explain_path(&self, reason: String) {
+        let _ = self.path_reason.set(reason);
     }
 
     /// Both sockets are there, and bytes may flow.
@@ -343,6 +356,7 @@ impl Connection {
         json!({
             "bytes": {"to_consumer": self.to_consumer.bytes(), "to_producer": self.to_producer.bytes()},
             "path": {"to_consumer": self.to_consumer.path().name(), "to_producer": self.to_producer.path().name()},
+            "path_reason": self.path_reason.get(),
             "first_byte_s": self.first_byte.get().map(Duration::as_secs_f64),
             "pipe_bytes": self
                 .to_consumer

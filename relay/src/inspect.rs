@@ -3,13 +3,12 @@
 use std::collections::BTreeMap;
 use std::fs;
 use std::io;
-use std::net::{IpAddr, Ipv4Addr, SocketAddr, TcpListener, TcpStream};
+use std::net::{IpAddr, SocketAddr};
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
-use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
+use std::time::{Instant, SystemTime, UNIX_EPOCH};
 
 use nix::ifaddrs::getifaddrs;
-use nix::sys::socket::{setsockopt, sockopt::TcpUlp};
 use rustix::fs::StatVfsMountFlags;
 use rustix::process::{Resource, getrlimit};
 use serde::Deserialize;
@@ -19,6 +18,7 @@ use socket2::{Domain, Protocol, Socket, Type};
 use crate::client::Refusal;
 use crate::config::PROTOCOL;
 use crate::errno;
+use crate::ktls::KernelTls;
 use crate::pipe::PIPE_BYTES;
 
 /// Of a wider range of ports so many are tried, evenly spread.
@@ -27,7 +27,6 @@ const MOST_NAMED: usize = 8;
 const MOST_ENTRIES: usize = 16;
 /// How deep a bond over a VLAN over a card can be.
 const MOST_LAYERS: usize = 4;
-const LOOPBACK_TIMEOUT: Duration = Duration::from_secs(2);
 
 const SETTINGS: &[&str] = &[
     "fs/file-max",
@@ -87,7 +86,7 @@ pub fn inspect(request: &[u8], runtime_dir: &Path) -> Result<Value, Refusal> {
         "user": user,
         "kernel": system.release().to_string_lossy(),
         "architecture": system.machine().to_string_lossy(),
-        "ktls": outcome(try_kernel_tls()),
+        "ktls": kernel_tls(),
         "pipe": try_pipe(),
         "page_bytes": rustix::param::page_size(),
         "own_addresses": own_addresses(),
@@ -128,17 +127,15 @@ fn parse(text: &[u8]) -> Result<Request, Refusal> {
     Ok(request)
 }
 
-fn outcome(result: io::Result<()>) -> Value {
-    json!({"available": result.is_ok(), "errno": result.err().map(|error| errno::of(&error))})
-}
-
 // ---- what the kernel can ----
 
-/// Whether a TCP connection of this user can be given to the kernel's TLS; asked of a real one, as no setting tells.
-fn try_kernel_tls() -> io::Result<()> {
-    let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, 0))?;
-    let stream = TcpStream::connect_timeout(&listener.local_addr()?, LOOPBACK_TIMEOUT)?;
-    Ok(setsockopt(&stream, TcpUlp::default(), b"tls")?)
+/// Whether a TCP connection of this user can be given to the kernel's TLS, and whether that takes new keys later; asked of a
+/// real one, as no setting tells.
+fn kernel_tls() -> Value {
+    match KernelTls::try_here() {
+        Ok(kernel) => json!({"available": true, "errno": null, "new_keys": kernel.new_keys}),
+        Err(unable) => json!({"available": false, "errno": unable.errno(), "new_keys": null}),
+    }
 }
 
 /// The size that a pipe of this user gets at this moment, all his other pipes considered.

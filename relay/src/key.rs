@@ -19,8 +19,8 @@ use rustls::server::AlwaysResolvesServerRawPublicKeys;
 use rustls::server::danger::{ClientCertVerified, ClientCertVerifier};
 use rustls::sign::CertifiedKey;
 use rustls::{
-    CertificateError, ClientConfig, DigitallySignedStruct, DistinguishedName, Error, PeerIncompatible,
-    ServerConfig, SignatureScheme,
+    CertificateError, CipherSuite, CipherSuiteCommon, ClientConfig, DigitallySignedStruct, DistinguishedName,
+    Error, PeerIncompatible, ServerConfig, SignatureScheme, SupportedCipherSuite, Tls13CipherSuite,
 };
 use serde::{Deserialize, Serialize};
 
@@ -72,16 +72,64 @@ impl<'de> Deserialize<'de> for PublicKey {
     }
 }
 
+/// How a relay's sessions choose and treat their cipher.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Ciphers {
+    /// ChaCha20-Poly1305 before AES-GCM.
+    pub chacha_first: bool,
+    /// The keys of a session may be taken out of it.
+    pub extractable: bool,
+    /// Of a cipher that needs a new key after so many records, how many at most; 0 is the cipher's own limit.
+    pub records_per_key: u64,
+}
+
+impl Ciphers {
+    fn provider(self) -> CryptoProvider {
+        let mut provider = provider::default_provider();
+        let chacha =
+            |suite: &SupportedCipherSuite| suite.suite() == CipherSuite::TLS13_CHACHA20_POLY1305_SHA256;
+        // Stable: among themselves they keep the library's order.
+        provider.cipher_suites.sort_by_key(|suite| chacha(suite) != self.chacha_first);
+        if self.records_per_key > 0 {
+            for suite in &mut provider.cipher_suites {
+                *suite = lowered(*suite, self.records_per_key);
+            }
+        }
+        provider
+    }
+}
+
+/// The same suite with a lower limit of records; one without a limit stays as it is. Once in a process's life, so what is
+/// leaked is bounded.
+fn lowered(suite: SupportedCipherSuite, records: u64) -> SupportedCipherSuite {
+    match suite {
+        SupportedCipherSuite::Tls13(suite) if suite.common.confidentiality_limit < u64::MAX => {
+            SupportedCipherSuite::Tls13(Box::leak(Box::new(Tls13CipherSuite {
+                common: CipherSuiteCommon {
+                    suite: suite.common.suite,
+                    hash_provider: suite.common.hash_provider,
+                    confidentiality_limit: records.min(suite.common.confidentiality_limit),
+                },
+                hkdf_provider: suite.hkdf_provider,
+                aead_alg: suite.aead_alg,
+                quic: None,
+            })))
+        }
+        suite => suite,
+    }
+}
+
 /// The key pair, ready for both ends of a handshake.
 pub struct Identity {
     pub public: PublicKey,
     certified: Arc<CertifiedKey>,
     provider: Arc<CryptoProvider>,
+    ciphers: Ciphers,
 }
 
 impl Identity {
     /// Makes a fresh pair. Fails only if the system has no randomness.
-    pub fn generate() -> Result<Identity, Error> {
+    pub fn generate(ciphers: Ciphers) -> Result<Identity, Error> {
         let random = || Error::FailedToGetRandomBytes;
         let pkcs8 =
             Ed25519KeyPair::generate_pkcs8(&aws_lc_rs::rand::SystemRandom::new()).map_err(|_| random())?;
@@ -93,7 +141,7 @@ impl Identity {
             _ => return Err(random()),
         })?;
         let certified = Arc::new(CertifiedKey::new(vec![CertificateDer::from(public.spki())], signer));
-        Ok(Identity { public, certified, provider: Arc::new(provider::default_provider()) })
+        Ok(Identity { public, certified, provider: Arc::new(ciphers.provider()), ciphers })
     }
 
     /// For a PROD relay: admits whoever proves a key that is in `admitted` at that moment.
@@ -106,6 +154,9 @@ impl Identity {
             .with_cert_resolver(Arc::new(AlwaysResolvesServerRawPublicKeys::new(self.certified.clone())));
         // A ticket sent after the handshake would reach the clear text of mode auth; nothing here resumes a session.
         config.send_tls13_tickets = 0;
+        config.enable_secret_extraction = self.ciphers.extractable;
+        // ChaCha20-Poly1305 only if both ends want it first: for one that encrypts by itself, AES-GCM is faster.
+        config.ignore_client_order = !self.ciphers.chacha_first;
         config.alpn_protocols = vec![ALPN.to_vec()];
         Ok(Arc::new(config))
     }
@@ -125,6 +176,7 @@ impl Identity {
             )));
         config.resumption = Resumption::disabled();
         config.enable_sni = false;
+        config.enable_secret_extraction = self.ciphers.extractable;
         config.alpn_protocols = vec![ALPN.to_vec()];
         Ok(Arc::new(config))
     }
@@ -239,5 +291,37 @@ impl ClientCertVerifier for Pinned {
 
     fn requires_raw_public_keys(&self) -> bool {
         true
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn limits(ciphers: Ciphers) -> Vec<(CipherSuite, u64)> {
+        let suites = ciphers.provider().cipher_suites;
+        let limit = |suite: &SupportedCipherSuite| suite.tls13().unwrap().common.confidentiality_limit;
+        suites
+            .iter()
+            .filter(|suite| suite.tls13().is_some())
+            .map(|suite| (suite.suite(), limit(suite)))
+            .collect()
+    }
+
+    #[test]
+    fn a_kernel_that_takes_no_new_keys_wants_the_cipher_that_needs_none_first() {
+        let first = |chacha_first| limits(Ciphers { chacha_first, ..Ciphers::default() })[0];
+        assert_eq!(first(true), (CipherSuite::TLS13_CHACHA20_POLY1305_SHA256, u64::MAX));
+        assert_eq!(first(false), (CipherSuite::TLS13_AES_256_GCM_SHA384, 1 << 24));
+    }
+
+    #[test]
+    fn the_limit_of_records_can_only_be_lowered_and_only_where_there_is_one() {
+        for (records_per_key, aes) in [(0, 1 << 24), (1024, 1024), (u64::MAX, 1 << 24)] {
+            for (suite, limit) in limits(Ciphers { records_per_key, ..Ciphers::default() }) {
+                let chacha = suite == CipherSuite::TLS13_CHACHA20_POLY1305_SHA256;
+                assert_eq!(limit, if chacha { u64::MAX } else { aes }, "{suite:?}");
+            }
+        }
     }
 }

@@ -12,6 +12,7 @@ mod events;
 mod gauge;
 mod inspect;
 pub mod key;
+mod ktls;
 mod launch;
 mod listen;
 mod pipe;
@@ -38,9 +39,10 @@ use tokio::net::TcpListener;
 use tokio::signal::unix::{SignalKind, signal};
 
 use crate::client::Refusal;
-use crate::config::{Config, PROTOCOL, RelayId, Role};
+use crate::config::{Config, Mode, PROTOCOL, RelayId, Role};
 use crate::events::Events;
 use crate::key::Identity;
+use crate::ktls::KernelTls;
 use crate::relay::{End, Reason, Relay, State};
 use crate::runtime_dir::RuntimeDir;
 use crate::workers::Workers;
@@ -196,7 +198,9 @@ fn run(configuration: &[u8], directory: &Path, detached: bool) -> ExitCode {
         Ok(bound) => bound,
         Err(error) => return failed(EXIT_FAILED, error.code, Some(&error.errno), &error.message),
     };
-    let identity = match Identity::generate() {
+    // Before listening, and making connections to itself, is given up.
+    let kernel_tls = if config.mode == Mode::Tls { KernelTls::try_here() } else { Ok(KernelTls::default()) };
+    let identity = match Identity::generate(ktls::ciphers(&kernel_tls, config.records_per_key)) {
         Ok(identity) => identity,
         Err(error) => return failed(EXIT_FAILED, "io", None, &format!("key pair: {error}")),
     };
@@ -248,7 +252,7 @@ fn run(configuration: &[u8], directory: &Path, detached: bool) -> ExitCode {
         if let Some(Ok(null)) = &null {
             let _ = rustix::stdio::dup2_stderr(null);
         }
-        let relay = Relay::new(config, identity, events.clone(), listeners, confinement)
+        let relay = Relay::new(config, identity, events.clone(), listeners, confinement, kernel_tls)
             .map_err(|error| (String::new(), format!("TLS: {error}")))?;
         let half_open = Arc::new(listen::HalfOpen::new(descriptors));
         Ok(serve(Arc::new(relay), workers, half_open, sockets, control).await)

@@ -19,6 +19,7 @@ use crate::connection::{Connection, lock};
 use crate::events::Events;
 use crate::gauge;
 use crate::key::{Identity, PublicKey};
+use crate::ktls::{KernelTls, Unable};
 use crate::preamble::Kind;
 
 #[derive(Clone, Copy, Debug, Eq, PartialEq, Serialize)]
@@ -99,6 +100,8 @@ pub struct Relay {
     pub events: Arc<Events>,
     pub listeners: Vec<Arc<Listener>>,
     confinement: Confinement,
+    /// What the kernel's TLS can do for mode `tls`.
+    pub kernel_tls: Result<KernelTls, Unable>,
     /// The keys that a handshake admits at this moment.
     pub admitted: Arc<RwLock<Vec<PublicKey>>>,
     /// Wakes the supervisor before its next tick.
@@ -172,6 +175,7 @@ impl Relay {
         events: Arc<Events>,
         listeners: Vec<Arc<Listener>>,
         confinement: Confinement,
+        kernel_tls: Result<KernelTls, Unable>,
     ) -> Result<Relay, rustls::Error> {
         let now = Instant::now();
         let lease = Duration::from_secs_f64(config.lease_s.min(config.lifetime_s));
@@ -219,6 +223,7 @@ impl Relay {
             events,
             listeners,
             confinement,
+            kernel_tls,
         })
     }
 

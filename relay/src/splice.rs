@@ -1,5 +1,5 @@
-//! Carries the bytes of one connection in clear text: the kernel moves them from socket to pipe to socket, and this process
-//! never sees them.
+//! Carries the bytes of one connection without looking at them: the kernel moves them from socket to pipe to socket, and this
+//! process never sees them.
 
 use std::io;
 use std::time::Duration;
@@ -22,54 +22,124 @@ pub const FLUSH: Duration = Duration::from_secs(5);
 /// each byte, more let a ping beside a bulk transfer wait.
 const ROUNDS_A_TURN: u64 = 8;
 
+/// What a direction finds when it looks at its source.
+pub enum Load {
+    Cargo(Cargo, usize),
+    /// Not now.
+    Nothing,
+    /// The source has ended its direction in order.
+    End,
+}
+
+/// How the WAN leg says what it says: in clear text, or in TLS that the kernel speaks.
+pub trait Wire {
+    const SPLICED: Path;
+    const COPIED: Path;
+
+    /// Takes what the WAN has.
+    fn load(&self, wan: &TcpStream, flow: &Flow) -> Result<Load, LegError>;
+
+    /// Called before each call that gives bytes to the WAN.
+    async fn before_sending(&self, wan: &TcpStream) -> Result<(), LegError>;
+
+    /// Called when the WAN takes nothing now.
+    fn push(&self, wan: &TcpStream);
+
+    /// Tells the peer that nothing more comes.
+    async fn end(&self, wan: &TcpStream) -> Result<(), LegError>;
+
+    /// Waits until a close takes nothing along of what the peer is still to get.
+    async fn settle(&self, wan: &TcpStream, sent_bytes: u64) -> Result<(), LegError>;
+}
+
+pub struct Clear;
+
+impl Wire for Clear {
+    const SPLICED: Path = Path::Splice;
+    const COPIED: Path = Path::Copy;
+
+    fn load(&self, wan: &TcpStream, flow: &Flow) -> Result<Load, LegError> {
+        Cargo::load(wan, flow, (Path::Splice, Path::Copy)).map_err(|error| LegError::new(Leg::Wan, &error))
+    }
+
+    async fn before_sending(&self, _wan: &TcpStream) -> Result<(), LegError> {
+        Ok(())
+    }
+
+    fn push(&self, _wan: &TcpStream) {}
+
+    async fn end(&self, wan: &TcpStream) -> Result<(), LegError> {
+        shutdown_write(wan).map_err(|error| LegError::new(Leg::Wan, &error))
+    }
+
+    async fn settle(&self, _wan: &TcpStream, _sent_bytes: u64) -> Result<(), LegError> {
+        Ok(())
+    }
+}
+
 /// Relays both ways until both applications have ended their direction, or the first error ends both at once. Closing is
 /// orderly only in the first case; in the other, dropping the sockets resets them.
-pub async fn relay(lan: &TcpStream, wan: &TcpStream, connection: &Connection) -> Result<(), LegError> {
+pub async fn relay<W: Wire>(
+    lan: &TcpStream,
+    wan: &TcpStream,
+    wire: &W,
+    connection: &Connection,
+) -> Result<(), LegError> {
     let (lan_ended, wan_ended) = (Notify::new(), Notify::new());
     let outward = async {
-        one_way((lan, Leg::Lan), (wan, Leg::Wan), connection.lan_to_wan(), connection).await?;
+        one_way((lan, Leg::Lan), (wan, Leg::Wan), wire, connection).await?;
+        wire.end(wan).await?;
         lan_ended.notify_one();
         watch((lan, Leg::Lan), &wan_ended).await
     };
     let inward = async {
-        one_way((wan, Leg::Wan), (lan, Leg::Lan), connection.wan_to_lan(), connection).await?;
+        one_way((wan, Leg::Wan), (lan, Leg::Lan), wire, connection).await?;
+        shutdown_write(lan).map_err(|error| LegError::new(Leg::Lan, &error))?;
         wan_ended.notify_one();
         watch((wan, Leg::Wan), &lan_ended).await
     };
     tokio::try_join!(outward, inward)?;
+    wire.settle(wan, connection.lan_to_wan().bytes()).await?;
     close_in_order(lan);
     close_in_order(wan);
     Ok(())
 }
 
-/// One direction. Invariant: the source is read only while nothing is under way, so EAGAIN from the source can only mean
-/// that the source is empty, and EAGAIN from the destination that the destination is full.
-async fn one_way(
+/// One direction, up to the end of its source. Invariant: the source is read only while nothing is under way, so EAGAIN from
+/// the source can only mean that the source is empty, and EAGAIN from the destination that the destination is full.
+async fn one_way<W: Wire>(
     (source, source_leg): (&TcpStream, Leg),
     (destination, destination_leg): (&TcpStream, Leg),
-    flow: &Flow,
+    wire: &W,
     connection: &Connection,
 ) -> Result<(), LegError> {
     let at_source = |error: io::Error| LegError::new(source_leg, &error);
     let at_destination = |error: io::Error| LegError::new(destination_leg, &error);
+    let flow = if source_leg == Leg::Lan { connection.lan_to_wan() } else { connection.wan_to_lan() };
     let mut rounds = 0_u64;
     loop {
         {
             let _waiting = flow.waits(Wait::Source);
             source.readable().await.map_err(at_source)?;
         }
-        let (mut cargo, length) = match Cargo::load(source, flow) {
-            Ok(Some(loaded)) => loaded,
-            Ok(None) => {
+        let loaded = match source_leg {
+            Leg::Lan => Cargo::load(source, flow, (W::SPLICED, W::COPIED)).map_err(at_source),
+            Leg::Wan => wire.load(source, flow),
+        };
+        let (mut cargo, length) = match loaded? {
+            Load::Cargo(cargo, length) => (cargo, length),
+            Load::Nothing => continue,
+            Load::End => {
                 flow.end();
-                return shutdown_write(destination).map_err(at_destination);
+                return Ok(());
             }
-            Err(error) if error.kind() == io::ErrorKind::WouldBlock => continue,
-            Err(error) => return Err(at_source(error)),
         };
         connection.first_byte();
         let mut left = length;
         while left > 0 {
+            if destination_leg == Leg::Wan {
+                wire.before_sending(destination).await?;
+            }
             match cargo.unload(destination, left) {
                 Ok(0) => return Err(at_destination(io::ErrorKind::WriteZero.into())),
                 Ok(moved) => {
@@ -77,6 +147,9 @@ async fn one_way(
                     flow.add(moved);
                 }
                 Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
+                    if destination_leg == Leg::Wan {
+                        wire.push(destination);
+                    }
                     let _waiting = flow.waits(Wait::Destination);
                     wait_for_room((source, source_leg), (destination, destination_leg)).await?;
                 }
@@ -118,14 +191,14 @@ async fn wait_for_room(
 
 /// What bytes travel in between the two sockets. Dropped with bytes still in it, it takes them along: a pipe that is not empty
 /// never goes back to the pool.
-enum Cargo {
+pub enum Cargo {
     Pipe(Pipe),
     Buffer(Vec<u8>, usize),
 }
 
 impl Cargo {
-    /// Takes what the source has, at most `PIPE_BYTES`. None is the end of the source.
-    fn load(source: &TcpStream, flow: &Flow) -> io::Result<Option<(Cargo, usize)>> {
+    /// Takes what the source has, at most `PIPE_BYTES`. `paths` are what it is called if it was spliced, and if it was copied.
+    fn load(source: &TcpStream, flow: &Flow, (spliced, copied_path): (Path, Path)) -> io::Result<Load> {
         if flow.may_splice() {
             if let Some(pipe) = take_pipe() {
                 let mut copied = None;
@@ -138,19 +211,19 @@ impl Cargo {
                 match (moved, copied) {
                     (Ok(0), _) => {
                         give_pipe(pipe);
-                        return Ok(None);
+                        return Ok(Load::End);
                     }
                     (Ok(length), Some(buffer)) => {
                         give_pipe(pipe);
                         // A byte that came after the splice and before the recv travels like this too; that is no other path.
                         if flow.path() == Path::Unused {
-                            flow.took(Path::Copy, 0);
+                            flow.took(copied_path, 0);
                         }
-                        return Ok(Some((Cargo::Buffer(buffer, 0), length)));
+                        return Ok(Load::Cargo(Cargo::Buffer(buffer, 0), length));
                     }
                     (Ok(length), None) => {
-                        flow.took(Path::Splice, pipe.granted_bytes);
-                        return Ok(Some((Cargo::Pipe(pipe), length)));
+                        flow.took(spliced, pipe.granted_bytes);
+                        return Ok(Load::Cargo(Cargo::Pipe(pipe), length));
                     }
                     // Only before a byte has moved: afterwards it is an error like any other.
                     (Err(error), _) if is_unsupported(&error) && !flow.has_moved() => {
@@ -159,7 +232,7 @@ impl Cargo {
                     }
                     (Err(error), _) => {
                         give_pipe(pipe);
-                        return Err(error);
+                        return nothing_or(error);
                     }
                 }
             }
@@ -168,16 +241,16 @@ impl Cargo {
         match source.try_read(&mut buffer) {
             Ok(0) => {
                 give_buffer(buffer);
-                Ok(None)
+                Ok(Load::End)
             }
             Ok(length) => {
-                flow.took(Path::Copy, 0);
+                flow.took(copied_path, 0);
                 buffer.truncate(length);
-                Ok(Some((Cargo::Buffer(buffer, 0), length)))
+                Ok(Load::Cargo(Cargo::Buffer(buffer, 0), length))
             }
             Err(error) => {
                 give_buffer(buffer);
-                Err(error)
+                nothing_or(error)
             }
         }
     }
@@ -205,8 +278,12 @@ impl Cargo {
     }
 }
 
+fn nothing_or(error: io::Error) -> io::Result<Load> {
+    if error.kind() == io::ErrorKind::WouldBlock { Ok(Load::Nothing) } else { Err(error) }
+}
+
 /// Never SPLICE_F_MORE: it holds a small message back for 200 ms.
-fn splice_in(source: &TcpStream, pipe: &Pipe) -> io::Result<usize> {
+pub fn splice_in(source: &TcpStream, pipe: &Pipe) -> io::Result<usize> {
     retry_interrupted(|| splice(source, None, &pipe.write, None, PIPE_BYTES, SpliceFlags::NONBLOCK))
 }
 
@@ -241,6 +318,6 @@ fn retry_interrupted(mut call: impl FnMut() -> rustix::io::Result<usize>) -> io:
     }
 }
 
-fn is_unsupported(error: &io::Error) -> bool {
+pub fn is_unsupported(error: &io::Error) -> bool {
     [Errno::INVAL, Errno::NOSYS].iter().any(|errno| error.raw_os_error() == Some(errno.raw_os_error()))
 }

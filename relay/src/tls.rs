@@ -4,11 +4,12 @@
 use std::io;
 use std::sync::Arc;
 
-use rustls::client::UnbufferedClientConnection;
+use rustls::client::{ClientConnectionData, UnbufferedClientConnection};
+use rustls::kernel::KernelConnection;
 use rustls::pki_types::ServerName;
-use rustls::server::UnbufferedServerConnection;
+use rustls::server::{ServerConnectionData, UnbufferedServerConnection};
 use rustls::unbuffered::{ConnectionState, EncodeError, EncryptError, UnbufferedStatus};
-use rustls::{ClientConfig, ServerConfig};
+use rustls::{ClientConfig, ConnectionTrafficSecrets, ExtractedSecrets, ServerConfig, SupportedCipherSuite};
 use tokio::net::TcpStream;
 
 use crate::key::PublicKey;
@@ -40,6 +41,32 @@ pub struct Session {
     pub plain: Vec<u8>,
     /// The peer's close_notify was received: it ended its direction in order.
     pub peer_closed: bool,
+}
+
+/// What is left of a session whose keys are somebody else's: it makes the next ones.
+pub enum Keys {
+    Client(Box<KernelConnection<ClientConnectionData>>),
+    Server(Box<KernelConnection<ServerConnectionData>>),
+}
+
+impl Keys {
+    /// The key to send with after a KeyUpdate has been sent; its records count from 0.
+    pub fn next_to_send(&mut self) -> Result<ConnectionTrafficSecrets, rustls::Error> {
+        let (_, secrets) = match self {
+            Keys::Client(connection) => connection.update_tx_secret()?,
+            Keys::Server(connection) => connection.update_tx_secret()?,
+        };
+        Ok(secrets)
+    }
+
+    /// The key to receive with after a KeyUpdate has been received; its records count from 0.
+    pub fn next_to_receive(&mut self) -> Result<ConnectionTrafficSecrets, rustls::Error> {
+        let (_, secrets) = match self {
+            Keys::Client(connection) => connection.update_rx_secret()?,
+            Keys::Server(connection) => connection.update_rx_secret()?,
+        };
+        Ok(secrets)
+    }
 }
 
 /// Ciphertext for the peer, not yet written. Keeps its memory, so that it is zeroed once and not for each record.
@@ -133,6 +160,35 @@ impl Session {
             Side::Server(connection) => connection.peer_certificates(),
         };
         PublicKey::from_spki(certificates?.first()?)
+    }
+
+    pub fn suite(&self) -> Option<SupportedCipherSuite> {
+        match &self.side {
+            Side::Client(connection) => connection.negotiated_cipher_suite(),
+            Side::Server(connection) => connection.negotiated_cipher_suite(),
+        }
+    }
+
+    /// Everything that has left the kernel was taken from here, and everything for the peer was written.
+    pub fn is_empty(&self) -> bool {
+        self.standing == Standing::Open
+            && !self.peer_closed
+            && self.plain.is_empty()
+            && self.outgoing.is_empty()
+    }
+
+    /// The keys with the numbers of the next records, for somebody else to go on with.
+    pub fn into_keys(self) -> Result<(ExtractedSecrets, Keys), rustls::Error> {
+        match self.side {
+            Side::Client(connection) => {
+                let (secrets, keys) = connection.dangerous_into_kernel_connection()?;
+                Ok((secrets, Keys::Client(Box::new(keys))))
+            }
+            Side::Server(connection) => {
+                let (secrets, keys) = connection.dangerous_into_kernel_connection()?;
+                Ok((secrets, Keys::Server(Box::new(keys))))
+            }
+        }
     }
 
     /// Processes every whole record in `incoming` and says how many bytes at its front are done with. Plaintext goes to

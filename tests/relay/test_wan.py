@@ -230,3 +230,32 @@ def test_iperf3_runs_through_a_stream(gateway: Gateway, mode: str, direction: li
     finally:
         server.kill()
         server.wait()
+
+
+def test_mode_tls_says_which_path_it_takes_and_why(gateway: Gateway, apps: Applications) -> None:
+    kernel = gateway.verb("inspect", document={"protocol": 1})["ktls"]
+    server = apps.listen()
+    pair = gateway.pair("tls", [server.getsockname()])
+    consumer, producer = apps.through(server, pair.cons)
+    apps.exchange(consumer, producer, Payload(1, 100_000), Payload(2, 200_000))
+    pair.wait_closed(1)
+    for relay in pair:
+        (close,) = relay.events("close")
+        path = "ktls-splice" if kernel["available"] else "tls-copy"
+        assert close["path"] == {"to_consumer": path, "to_producer": path}
+        if kernel["available"]:
+            assert close["path_reason"].endswith(" by the kernel")
+        else:
+            assert close["path_reason"] == f"no kernel TLS (TCP_ULP: {kernel['errno']})"
+
+
+def test_a_stream_goes_on_when_a_key_has_made_all_the_records_that_it_may(
+    gateway: Gateway, apps: Applications
+) -> None:
+    """2048 and 3072 full records, where a key may make 1024."""
+    server = apps.listen()
+    limit = {"records_per_key": 1024}
+    pair = gateway.pair("tls", [server.getsockname()], prod=limit, cons=limit)
+    consumer, producer = apps.through(server, pair.cons)
+    apps.exchange(consumer, producer, Payload(1, 32 << 20), Payload(2, 48 << 20))
+    pair.wait_closed(1)

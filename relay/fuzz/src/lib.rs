@@ -6,7 +6,7 @@ use std::sync::{Arc, LazyLock, RwLock};
 use rustls::{ClientConfig, ServerConfig};
 
 use s2ds::config::Config;
-use s2ds::key::Identity;
+use s2ds::key::{Ciphers, Identity};
 use s2ds::preamble::{ANSWER_BYTES, Answer, REQUEST_BYTES, Request};
 use s2ds::tls::Session;
 
@@ -55,7 +55,8 @@ pub fn configuration(data: &[u8]) {
 /// Two relays that shake hands, with somebody between them who changes what he likes; the first byte says what.
 pub fn handshake(data: &[u8]) {
     static CONFIGS: LazyLock<(Arc<ServerConfig>, Arc<ClientConfig>)> = LazyLock::new(|| {
-        let (prod, cons) = (Identity::generate().expect("a key"), Identity::generate().expect("a key"));
+        let identity = || Identity::generate(Ciphers::default()).expect("a key");
+        let (prod, cons) = (identity(), identity());
         let admitted = Arc::new(RwLock::new(vec![cons.public]));
         (prod.server(admitted).expect("a server"), cons.client(prod.public).expect("a client"))
     });

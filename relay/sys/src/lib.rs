@@ -1,5 +1,5 @@
-//! What rustix, socket2 and nix do not offer safely: `TCP_INFO` in full, the 64-bit `SO_MAX_PACING_RATE`, and close-on-exec for
-//! descriptors that somebody else has opened.
+//! What rustix, socket2 and nix do not offer safely: `TCP_INFO` in full, the 64-bit `SO_MAX_PACING_RATE`, close-on-exec for
+//! descriptors that somebody else has opened, and of kernel TLS what goes beyond its keys.
 //!
 //! All `unsafe` of the relay is in this file.
 
@@ -26,6 +26,8 @@ pub struct TcpInfo {
     pub receiver_limited_us: u64,
     pub send_buffer_limited_us: u64,
     pub notsent_bytes: u32,
+    /// Over the life of the connection, by the peer.
+    pub acked_bytes: u64,
     /// What the kernel takes for the peer's full segment.
     pub receive_mss_bytes: u32,
     /// Over the life of the connection, received in order; and in how many segments.
@@ -53,6 +55,7 @@ mod at {
     pub const RCV_RTT: usize = 92;
     pub const TOTAL_RETRANS: usize = 100;
     pub const PACING_RATE: usize = 104;
+    pub const BYTES_ACKED: usize = 120;
     pub const BYTES_RECEIVED: usize = 128;
     pub const NOTSENT_BYTES: usize = 144;
     pub const MIN_RTT: usize = 148;
@@ -99,6 +102,7 @@ pub fn tcp_info(socket: impl AsFd) -> io::Result<TcpInfo> {
         receiver_limited_us: long(at::RWND_LIMITED),
         send_buffer_limited_us: long(at::SNDBUF_LIMITED),
         notsent_bytes: word(at::NOTSENT_BYTES),
+        acked_bytes: long(at::BYTES_ACKED),
         receive_mss_bytes: word(at::RCV_MSS),
         received_bytes: long(at::BYTES_RECEIVED),
         received_segments: word(at::DATA_SEGS_IN),
@@ -133,63 +137,53 @@ pub fn close_on_exec_from(first: u32) -> io::Result<()> {
     if answer == 0 { Ok(()) } else { Err(io::Error::last_os_error()) }
 }
 
-#[cfg(test)]
-mod tests {
-    use super::*;
-    use std::io::{Read, Write};
-    use std::net::{TcpListener, TcpStream};
+/// Bytes that this TCP socket has taken and its peer has not acknowledged.
+pub fn unacked_bytes(socket: impl AsFd) -> io::Result<u64> {
+    let mut count: libc::c_int = 0;
+    // SAFETY: SIOCOUTQ (TIOCOUTQ by its older name) writes one c_int, to which the pointer leads.
+    let answer = unsafe { libc::ioctl(socket.as_fd().as_raw_fd(), libc::TIOCOUTQ, &mut count) };
+    if answer == 0 { Ok(count.max(0) as u64) } else { Err(io::Error::last_os_error()) }
+}
 
-    fn pair() -> (TcpStream, TcpStream) {
-        let listener = TcpListener::bind("127.0.0.1:0").unwrap();
-        let near = TcpStream::connect(listener.local_addr().unwrap()).unwrap();
-        (near, listener.accept().unwrap().0)
+/// How many records kernel TLS has encrypted under its present key, of ChaCha20-Poly1305 or AES-256-GCM: the number of the
+/// next one.
+pub fn tls_next_record(socket: impl AsFd) -> io::Result<u64> {
+    // Their structures in `linux/tls.h` are of one size, and end with the number; the kernel fails for any other.
+    let mut key = [0u8; size_of::<libc::tls12_crypto_info_chacha20_poly1305>()];
+    let mut length = key.len() as libc::socklen_t;
+    let fd = socket.as_fd().as_raw_fd();
+    // SAFETY: the pointer and the length describe `key`, which outlives the call; the kernel writes at most `length` bytes and
+    // any bytes are a valid [u8; _].
+    let answer =
+        unsafe { libc::getsockopt(fd, libc::SOL_TLS, libc::TLS_TX, key.as_mut_ptr().cast(), &mut length) };
+    if answer != 0 {
+        return Err(io::Error::last_os_error());
     }
+    let number = key.last_chunk().map_or(0, |number| u64::from_be_bytes(*number));
+    // It is a key: nothing of it stays here.
+    std::hint::black_box(&mut key).fill(0);
+    Ok(number)
+}
 
-    #[test]
-    fn a_connection_that_moved_bytes_has_a_round_trip_a_window_and_busy_time() {
-        let (mut near, mut far) = pair();
-        near.write_all(&[7; 100_000]).unwrap();
-        let mut got = vec![0; 100_000];
-        far.read_exact(&mut got).unwrap();
-        let info = tcp_info(&near).unwrap();
-        assert!(info.rtt_us > 0 && info.rtt_us < 10_000_000, "{info:?}");
-        assert!(info.cwnd_segments > 0 && info.mss_bytes > 500, "{info:?}");
-        assert_eq!(info.notsent_bytes, 0);
-    }
-
-    #[test]
-    fn a_reader_that_does_not_read_shows_as_busy_time_limited_by_the_receiver() {
-        let (mut near, far) = pair();
-        near.set_nonblocking(true).unwrap();
-        let full = |near: &mut TcpStream| near.write(&[7; 100_000]).is_err();
-        let deadline = std::time::Instant::now() + std::time::Duration::from_secs(10);
-        loop {
-            // The kernel counts in jiffies, and auto-tuning makes room again for a while.
-            full(&mut near);
-            let info = tcp_info(&near).unwrap();
-            if info.receiver_limited_us > 0 && info.busy_us >= info.receiver_limited_us {
-                break;
-            }
-            assert!(std::time::Instant::now() < deadline, "{info:?}");
-            std::thread::yield_now();
-        }
-        drop(far);
-    }
-
-    #[test]
-    fn pacing_above_the_32_bit_limit_reads_back_in_tcp_info() {
-        let (mut near, mut far) = pair();
-        set_max_pacing_rate(&near, 12_500_000_000).unwrap();
-        near.write_all(&[7; 10_000]).unwrap();
-        far.read_exact(&mut [0; 10_000]).unwrap();
-        assert!(tcp_info(&near).unwrap().pacing_bytes_per_s <= 12_500_000_000);
-        set_max_pacing_rate(&near, u64::MAX).unwrap();
-    }
-
-    #[test]
-    fn a_file_is_an_error() {
-        let file = std::fs::File::open("/dev/null").unwrap();
-        assert!(tcp_info(&file).is_err());
-        assert!(set_max_pacing_rate(&file, 1).is_err());
-    }
+/// Sends one record of another type than data over kernel TLS, without waiting; how many of `bytes` were taken.
+pub fn send_tls_record(socket: impl AsFd, content_type: u8, bytes: &[u8]) -> io::Result<usize> {
+    // A header of 16 bytes and one byte, aligned as the kernel wants it.
+    let mut control = [0u64; 3];
+    let mut part = libc::iovec { iov_base: bytes.as_ptr().cast_mut().cast(), iov_len: bytes.len() };
+    // SAFETY: all zero is a valid msghdr. Its pointers lead to `part`, which describes `bytes`, and to `control`, which has
+    // room for CMSG_SPACE(1) = 24 bytes, so CMSG_FIRSTHDR is not null; all outlive the call, which only reads them.
+    let sent = unsafe {
+        let mut message: libc::msghdr = std::mem::zeroed();
+        message.msg_iov = &mut part;
+        message.msg_iovlen = 1;
+        message.msg_control = control.as_mut_ptr().cast();
+        message.msg_controllen = size_of_val(&control) as _;
+        let header = libc::CMSG_FIRSTHDR(&message);
+        (*header).cmsg_level = libc::SOL_TLS;
+        (*header).cmsg_type = libc::TLS_SET_RECORD_TYPE;
+        (*header).cmsg_len = libc::CMSG_LEN(1) as _;
+        *libc::CMSG_DATA(header) = content_type;
+        libc::sendmsg(socket.as_fd().as_raw_fd(), &message, libc::MSG_DONTWAIT | libc::MSG_NOSIGNAL)
+    };
+    usize::try_from(sent).map_err(|_| io::Error::last_os_error())
 }
