@@ -1,12 +1,15 @@
 # Each target does its own set-up (tools/setup) and is quick when that stands.
 # PYTHON=python3.12 make … uses another interpreter; ARGS=… is passed on to the demo, to pytest or to the benchmark.
-.PHONY: demo test bench check docs fuzz chaos wheel clean
+.PHONY: demo test check bench chaos kernel fuzz docs wheel clean
 
 demo:
 	@tools/setup demo .venv/bin/python examples/demo/run.py $(ARGS)
 
 test:
-	@tools/setup demo,test .venv/bin/python -m pytest -m "not soak and not chaos" $(ARGS)
+	@tools/setup demo,test .venv/bin/python -m pytest -m "not soak and not chaos and not kernel" $(ARGS)
+
+kernel:
+	@tools/setup demo,test,kernel .venv/bin/python -m pytest -m kernel $(ARGS)
 
 bench:
 	@tools/setup demo,test,bench env PYTHONPATH=tests .venv/bin/python -m benchmarks $(ARGS)
