@@ -44,7 +44,8 @@ from scistream_flows.errors import (
     ScistreamError,
     WaitTimeout,
 )
-from scistream_flows.models import UID_PATTERN, Released, Role
+from scistream_flows.haproxy import find_haproxy
+from scistream_flows.models import UID_PATTERN, DataServer, Released, Role
 
 from .auth import SECRET_VARIABLE
 from .settings import Settings, common, configured_facilities, with_settings
@@ -55,8 +56,8 @@ if TYPE_CHECKING:
     from scistream_flows.models import GatewayReport, Status
     from scistream_flows.s2cs import S2CS
 
-DATA_SERVERS: Final = ("S2DS",)
-"""What `--type` takes, the default first."""
+DATA_SERVERS: Final[Mapping[str, DataServer]] = {"S2DS": "s2ds", "Haproxy": "haproxy"}
+"""What `--type` takes, and how the configuration names it."""
 
 POLL_S: Final = 1.0
 _COLOURS: Final[dict[str, str]] = {"ok": "green", "note": "blue", "warning": "yellow", "problem": "red"}
@@ -90,10 +91,8 @@ _COLOURS: Final[dict[str, str]] = {"ok": "green", "note": "blue", "warning": "ye
     "--type",
     "-t",
     "data_server",
-    default=DATA_SERVERS[0],
-    show_default=True,
     metavar="TYPE",
-    help=f"Serve: what carries the data: {', '.join(DATA_SERVERS)}.",
+    help=f"Serve: what carries the data: {' or '.join(DATA_SERVERS)}.  [default: as configured, else S2DS]",
 )
 @click.option(
     "--ssl",
@@ -123,7 +122,7 @@ def s2cs(
     certificate: Path | None,
     key: Path | None,
     workers: int,
-    data_server: str,
+    data_server: str | None,
     client_id: UUID | None,
     client_secret_file: Path | None,
     client_secret: str | None,
@@ -144,11 +143,15 @@ def s2cs(
                 f"--{str(given[0]).replace('_', '-')} is for serving, not for {context.invoked_subcommand}"
             )
         return
-    _check_data_server(data_server)
+    carrier = None if data_server is None else _data_server(data_server)
     _check_port_range(port_range)
     certificate, key = _check_ssl(ssl, certificate, key)
     config = context.ensure_object(Settings).load(port_range=port_range, otherwise=f"dev-{port}")
     config = _with_client(config, client_id, client_secret_file, client_secret)
+    if carrier is not None:
+        config = config.carried_by(carrier)
+    if config.data_server == "haproxy":
+        find_haproxy()
     if verbose:
         show_debugging()
     try:
@@ -164,14 +167,15 @@ def s2cs(
     serve(config, listener_ip=listener_ip, port=port, certificate=certificate, key=key, workers=workers)
 
 
-def _check_data_server(name: str) -> None:
-    known = {one.lower(): one for one in DATA_SERVERS}
+def _data_server(name: str) -> DataServer:
+    known = {spelled.lower(): one for spelled, one in DATA_SERVERS.items()}
     if name.lower() not in known:
         raise BadRequest(
             f"--type {name!r}: there is no such data server in this version",
             which="type",
-            hint=f"Use {' or '.join(DATA_SERVERS)}; the relay s2ds takes the place of Haproxy, Nginx and Stunnel",
+            hint=f"Use {' or '.join(DATA_SERVERS)}; the relay s2ds takes the place of Nginx and Stunnel",
         )
+    return known[name.lower()]
 
 
 def _check_port_range(text: str | None) -> None:

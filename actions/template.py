@@ -133,6 +133,9 @@ _HEAD = """\
 [facility]
 # The name of this facility: letters, digits, "_", "-" and ".", 64 at most. Required.
 name = "{facility}"
+# What carries the data of its streams: "s2ds", our relay, or "haproxy", a HAProxy that is installed on this machine.
+# That one protects and proves nothing: it needs "none" in modes, and gateways of kind "local". Default: "s2ds".
+#data_server = "s2ds"
 
 # --- Gateways: the nodes on which relays run, a [[gateway]] table for each. Its name is seen in offers and messages.
 # Required.

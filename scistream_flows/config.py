@@ -31,6 +31,7 @@ from scistream_flows.models import (
     DAY_S,
     UID_PATTERN,
     URN_PATTERN,
+    DataServer,
     IPAddress,
     Mode,
     Network,
@@ -478,6 +479,7 @@ class ServiceConfig(_Table):
 
 class _FacilityTable(_Table):
     name: Name
+    data_server: DataServer = "s2ds"
 
 
 class _File(_Table):
@@ -495,9 +497,26 @@ class _File(_Table):
             raise ValueError(f"gateway: two gateways have the name {twice!r}")
         return self
 
+    @model_validator(mode="after")
+    def _haproxy_can_do_it(self) -> _File:
+        if self.facility.data_server == "haproxy" and (why := _why_not_haproxy(self.gateway, self.policy)):
+            raise ValueError(f"facility.data_server: {why}")
+        return self
+
+
+def _why_not_haproxy(gateways: Iterable[GatewayConfig], policy: Policy) -> str:
+    """Why HAProxy cannot, or may not, carry the data of a facility; empty when it can."""
+    if "none" not in policy.modes:
+        return 'HAProxy protects nothing: it takes "none" among policy.modes'
+    elsewhere = next((one.name for one in gateways if one.kind != "local"), None)
+    return f'HAProxy is run on this machine only, gateway {elsewhere!r} is kind "ssh"' if elsewhere else ""
+
 
 class FacilityConfig(_Table):
-    """One facility, as read; `file` is None for a development facility."""
+    """One facility, as read; `file` is None for a development facility.
+
+    `data_server` is what carries the data of all its streams.
+    """
 
     name: Name
     gateways: tuple[GatewayConfig, ...]
@@ -506,6 +525,23 @@ class FacilityConfig(_Table):
     globus: GlobusConfig | None = None
     state_dir: Path
     file: Path | None = None
+    data_server: DataServer = "s2ds"
+
+    def carried_by(self, data_server: DataServer) -> FacilityConfig:
+        """The same facility with another data server.
+
+        Raises:
+            ConfigError: It cannot, or may not, carry its data.
+        """
+        why = _why_not_haproxy(self.gateways, self.policy) if data_server == "haproxy" else ""
+        if why:
+            raise ConfigError(
+                f"facility {self.name}: {why}",
+                which=self.name,
+                file=str(self.file or "the development facility"),
+                key="facility.data_server",
+            )
+        return self.model_copy(update={"data_server": data_server})
 
 
 LOOPBACK: tuple[Network, ...] = ("127.0.0.0/8", "::1/128")
@@ -562,6 +598,7 @@ def load_facility(
         globus=parsed.globus,
         state_dir=Path(state_dir) if state_dir is not None else _state_base(environment) / name,
         file=path,
+        data_server=parsed.facility.data_server,
     )
 
 

@@ -41,6 +41,7 @@ from scistream_flows.errors import (
 )
 from scistream_flows.facility import Facility, LocalFacility, connect_facility
 from scistream_flows.gateway import Gateway, connect_gateway
+from scistream_flows.haproxy import find_haproxy
 from scistream_flows.models import (
     Peer,
     Probe,
@@ -99,6 +100,7 @@ def examine(
     yield from _configuration(config)
     yield from _secret(config)
     yield from _socket(config)
+    yield from _data_server(config)
     yield from judge_state(_directory_here(config.state_dir), uid=os.geteuid())
     if service is not None:
         yield from _draining(service)
@@ -138,7 +140,11 @@ def _examine_gateway(
             f"{facts.host}, {facts.architecture}, user {facts.user or facts.uid}",
         )
         yield from judge(case)
-        if peer is not None:
+        if peer is not None and config.data_server == "haproxy":
+            yield case.finding(
+                "reach", "note", "HAProxy sends no probe: only data shows whether a peer is reached"
+            )
+        elif peer is not None:
             yield from _reach(gateway, alone, case, peer)
     except ScistreamError as wrong:
         refusal = _refusal("gateway", wrong, one.name)
@@ -264,6 +270,17 @@ def _socket(config: FacilityConfig) -> Iterator[Finding]:
         yield _refusal("socket", wrong, None)
     else:
         yield Finding(check="socket", level="ok", message=f"the service answers at {path}")
+
+
+def _data_server(config: FacilityConfig) -> Iterator[Finding]:
+    """HAProxy, where it is run in the place of our relay."""
+    if config.data_server == "haproxy":
+        try:
+            found = find_haproxy()
+        except RelayError as missing:
+            yield _refusal("data-server", missing, None)
+        else:
+            yield Finding(check="data-server", level="ok", message=f"{found} carries the data")
 
 
 def _is_account(name: str) -> bool:

@@ -16,6 +16,8 @@ from typing import Final, NamedTuple, Protocol
 
 from scistream_flows.config import GatewayConfig
 from scistream_flows.errors import PROTOCOL, GatewayUnreachable, ProtocolMismatch, RegistryError, RelayError
+from scistream_flows.haproxy import starter
+from scistream_flows.models import DataServer
 from scistream_flows.relay import CALL_TIMEOUT_S, Outcome, Relays, find_s2ds
 
 CONNECT_TIMEOUT_S: Final = 10
@@ -62,17 +64,23 @@ class LocalGateway:
     Args:
         config: Its configuration.
         runtime_dir: Where its relays keep sockets and logs; made 0700 by the relay.
+        data_server: What is started as a relay.
     """
 
-    def __init__(self, config: GatewayConfig, *, runtime_dir: Path) -> None:
+    def __init__(self, config: GatewayConfig, *, runtime_dir: Path, data_server: DataServer = "s2ds") -> None:
         self.config = config
         self.runtime_dir = runtime_dir
+        self._data_server = data_server
 
     @property
     def relays(self) -> Relays:
         """The relays on it; the binary is looked up each time, it may have been installed since."""
         return Relays(
-            self.run, binary=find_s2ds(), runtime_dir=str(self.runtime_dir), gateway=self.config.name
+            self.run,
+            binary=find_s2ds(),
+            runtime_dir=str(self.runtime_dir),
+            gateway=self.config.name,
+            starter=starter() if self._data_server == "haproxy" else (),
         )
 
     def put(self, content: bytes, path: str, *, mode: int = 0o600) -> None:
@@ -368,10 +376,10 @@ def _path(text: str | None) -> Path | None:
     return None if text is None else Path(text)
 
 
-def connect_gateway(config: GatewayConfig, *, state_dir: Path) -> Gateway:
+def connect_gateway(config: GatewayConfig, *, state_dir: Path, data_server: DataServer = "s2ds") -> Gateway:
     """The gateway that `config` describes, for a facility whose state is in `state_dir`. Nothing is connected yet."""
     if config.kind == "local":
-        return LocalGateway(config, runtime_dir=state_dir / "relays")
+        return LocalGateway(config, runtime_dir=state_dir / "relays", data_server=data_server)
     # of this facility and this gateway alone: others may use the same account, or the same home on a file server
     return SSHGateway(config, runtime_name=f"relays-{config.name}-{_installation(state_dir)}")
 

@@ -35,6 +35,7 @@ _HOST = re.compile(rf"(?=.{{1,253}}$){_LABEL}(\.{_LABEL})*\.?")
 
 Role: TypeAlias = Literal["PROD", "CONS"]
 Mode: TypeAlias = Literal["tls", "auth", "none"]
+DataServer: TypeAlias = Literal["s2ds", "haproxy"]
 State: TypeAlias = Literal[
     "REQUESTED", "WAITING_HELLO", "LISTENING", "READY", "STREAMING", "DRAINING", "ENDED", "FAILED"
 ]
@@ -176,13 +177,18 @@ class Listener(_Part):
 
 
 class OfferedRelay(_Part):
-    """One relay of an offer: where it accepts, the key that proves it, and the addresses it dials from."""
+    """One relay of an offer: where it accepts, the key that proves it, and the addresses it dials from.
+
+    `data_server` is what carries the bytes, None where that is not said. A HAProxy has no key: what stands for it
+    proves nothing.
+    """
 
     relay_id: RelayId
     gateway: str
     public_key: PublicKey
     dial_addresses: Networks = []
     listeners: Annotated[list[Listener], Field(min_length=1, max_length=256)]
+    data_server: DataServer | None = None
 
 
 class Offer(_Answered):
@@ -573,7 +579,7 @@ class Status(_Answered):
 
     @property
     def ready(self) -> bool:
-        """Whether a probe has passed, or data."""
+        """Whether a probe has passed, or data; without a `proof`, whether all is there that a probe would use."""
         return self.state in ("READY", "STREAMING", "DRAINING") or self.reason == "finished"
 
     @property

@@ -142,6 +142,7 @@ def admit(request: Request, facility: FacilityConfig) -> None:
             which=request.uid,
             hint=f"Allowed: {', '.join(policy.modes)}",
         )
+    _admit_data_server(request, facility)
     for name, limit in (
         ("lease_s", policy.longest_lease_s),
         ("lifetime_s", policy.longest_lifetime_s),
@@ -150,6 +151,31 @@ def admit(request: Request, facility: FacilityConfig) -> None:
         ("max_connections", policy.max_connections),
     ):
         admit_at_most(name, getattr(request, name), limit, facility)
+
+
+def _admit_data_server(request: Request, facility: FacilityConfig) -> None:
+    """Raise when what carries the data here cannot do what is asked, or does not understand the other side."""
+    ours = facility.data_server
+    if ours == "haproxy" and request.mode != "none":
+        raise PolicyDenied(
+            f"facility {facility.name} runs HAProxy, which protects nothing: mode {request.mode!r} cannot be had",
+            which=request.uid,
+            hint="Ask for mode 'none', in which everybody on the way can read and alter the stream",
+        )
+    if ours == "haproxy" and request.reserve_rate and request.rate_mbits_per_s:
+        raise NotSupported(
+            f"facility {facility.name} runs HAProxy, which keeps to no rate: none can be reserved",
+            which=request.uid,
+            hint="Leave the rate out",
+        )
+    relays = request.offer.relays if request.offer else ()
+    theirs = next((one.data_server for one in relays if one.data_server not in (None, ours)), None)
+    if theirs:
+        raise NotSupported(
+            f"facility {facility.name} runs {ours}, PROD's runs {theirs}: they do not understand each other",
+            which=request.uid,
+            hint="Run the same data server at both facilities: s2cs --type",
+        )
 
 
 def admit_at_most(name: str, asked: int, limit: int, facility: FacilityConfig) -> None:

@@ -193,11 +193,15 @@ class Relays:
         binary: The path of `s2ds` there.
         runtime_dir: The directory there that holds the relays' sockets and logs.
         gateway: The gateway's name, for messages.
+        starter: What starts a relay in the place of the binary, and leaves behind what that understands.
     """
 
-    def __init__(self, run: Run, *, binary: str, runtime_dir: str, gateway: str) -> None:
+    def __init__(
+        self, run: Run, *, binary: str, runtime_dir: str, gateway: str, starter: Sequence[str] = ()
+    ) -> None:
         self._run = run
         self._binary = binary
+        self._starter = starter or (binary,)
         self._runtime_dir = runtime_dir
         self._gateway = gateway
 
@@ -290,7 +294,8 @@ class Relays:
         return _read(RelayStatus, self._checked(outcome, verb, relay_id))
 
     def _call(self, verb: str, *rest: str, stdin: str = "", timeout_s: float) -> Outcome:
-        argv = [self._binary, verb, *rest, "--runtime-dir", self._runtime_dir]
+        program = self._starter if verb == "start" else (self._binary,)
+        argv = [*program, verb, *rest, "--runtime-dir", self._runtime_dir]
         return self._run(argv, stdin=stdin, timeout_s=timeout_s)
 
     def _checked(self, outcome: Outcome, verb: str, relay_id: str) -> dict[str, Any]:

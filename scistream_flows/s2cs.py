@@ -122,7 +122,8 @@ class S2CS:
         self.config = config
         self._registry = Registry(config.state_dir)
         self._gateways: Mapping[str, Gateway] = gateways or {
-            one.name: connect_gateway(one, state_dir=config.state_dir) for one in config.gateways
+            one.name: connect_gateway(one, state_dir=config.state_dir, data_server=config.data_server)
+            for one in config.gateways
         }
         self._swept_at = -SWEEP_INTERVAL_S
         self._sweeping = threading.Lock()
@@ -926,6 +927,7 @@ class S2CS:
             config = self._gateway(row.gateway).config
             relays.append(
                 OfferedRelay(
+                    data_server=self.config.data_server,
                     relay_id=row.relay_id,
                     gateway=row.gateway,
                     public_key=report.public_key or "",

@@ -56,7 +56,10 @@ def relays_below() -> Callable[..., list[int]]:
 
 
 def relay_pids(state: Path, *, patience_s: float = 0) -> list[int]:
-    """The pids of the `s2ds` processes whose runtime directory is below `state`; waits for there to be none."""
+    """The pids of the relays whose runtime directory is below `state`; waits for there to be none.
+
+    They are `s2ds`, or HAProxy and the one who keeps it.
+    """
     deadline = time.monotonic() + patience_s
     while True:
         found = [int(one.name) for one in Path("/proc").glob("[0-9]*") if _serves(one, state)]
@@ -69,7 +72,7 @@ def _serves(process: Path, state: Path) -> bool:
     """Whether a process is a relay, which lives in its runtime directory, or starts one."""
     try:
         arguments = (process / "cmdline").read_bytes().split(b"\0")
-        if not arguments[0].endswith(b"s2ds"):
+        if not any(one.endswith((b"s2ds", b"/haproxy", b"/haproxy.py")) for one in arguments[:2]):
             return False
         below = [
             os.fsencode(state) + b"/" in one

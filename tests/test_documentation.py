@@ -192,7 +192,7 @@ def an_administrator(folder: Path) -> Iterator[Stage]:
             config = load_facility("aps", file=configuration / "aps.toml")
             service = opened.enter_context(S2CS(config))
             service.request(Request(uid="scan-7", role="PROD", targets=[address]))
-        return "s2cs --port 0" if command == "s2cs" else command
+        return f"{command} --port 0" if command in ("s2cs", "s2cs --type Haproxy") else command
 
     chain, key = certificate_for_loopback(folder.parent)
     with opened, detector() as address:

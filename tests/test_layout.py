@@ -14,6 +14,7 @@ LIFE = (
     "allowance",
     "registry",
     "relay",
+    "haproxy",
     "ssh",
     "gateway",
     "route",

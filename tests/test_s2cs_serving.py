@@ -120,7 +120,7 @@ def test_a_client_at_globus_is_named_by_options_and_its_secret_by_none(tmp_path:
     [
         (("--type", "Typo"), "there is no such data server"),
         (("--type", "StunnelSubprocess"), "Use S2DS"),
-        (("--type", "Haproxy"), "Use S2DS"),
+        (("--type", "Nginx"), "Use S2DS or Haproxy"),
         (("--port_range", "5100"), "Invalid port_range format. Expected 'start-end'."),
         (("--port_range", "5100:5200"), "Invalid port_range format. Expected 'start-end'."),
         (("--port_range", "5200-5100"), "5200-5100"),

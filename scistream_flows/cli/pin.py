@@ -89,8 +89,15 @@ def offer_at(places: Sequence[Named], *, uid: str, mode: Mode, known: Offer | No
         key = (proof.relay_id, proof.public_key)
         also = next((also for address, also, _ in in_order if address == place.address), [])
         listeners.setdefault(key, []).append(Listener(index=proof.number, address=place.address, also=also))
+    data_servers = {one.relay_id: one.data_server for one in known.relays} if known else {}
     relays = [
-        OfferedRelay(relay_id=relay_id, public_key=public_key, gateway="prod", listeners=theirs)
+        OfferedRelay(
+            relay_id=relay_id,
+            public_key=public_key,
+            gateway="prod",
+            listeners=theirs,
+            data_server=data_servers.get(relay_id),
+        )
         for (relay_id, public_key), theirs in listeners.items()
     ]
     lease_s = known.lease_remaining_s if known else 0

@@ -221,7 +221,10 @@ def _await_ready(session: Session, answer: Answer, timeout_s: float) -> None:
         for pause_s in pauses():
             sides = sight.look()
             if all(one.ready for one in sides.values()):
-                answer.note("READY: a probe has gone through")
+                proven = all(one.proof for one in sides.values() if one.role == "CONS")
+                answer.note(
+                    "READY: a probe has gone through" if proven else "READY, but nothing has proven it"
+                )
                 return
             left_s = deadline - time.monotonic()
             if left_s <= 0 or any(one.ended for one in sides.values()):
