@@ -443,8 +443,8 @@ class Registry:
             db.execute("DELETE FROM callers WHERE busy_until_s < ?", (now_s,))
             row = db.execute("SELECT busy_until_s FROM callers WHERE name = ?", (name,)).fetchone()
             after_s, wait_s = paced(row["busy_until_s"] if row else 0.0, now_s, per_min=per_min, burst=burst)
-            if not wait_s:
-                db.execute("INSERT OR REPLACE INTO callers VALUES (?, ?)", (name, after_s))
+            # also of one who has to wait: what is left of the clock before a restart of the machine may be far ahead
+            db.execute("INSERT OR REPLACE INTO callers VALUES (?, ?)", (name, after_s))
             return wait_s
 
     # --- gateways

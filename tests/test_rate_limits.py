@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
+import sqlite3
 import subprocess
 import sys
 import tempfile
@@ -25,6 +27,7 @@ from scistream_flows.config import Policy, Quota, load_facility
 from scistream_flows.doorway import ask, serve_socket
 from scistream_flows.errors import RateLimited, error_from_document
 from scistream_flows.policy import paced
+from scistream_flows.registry import Registry
 from scistream_flows.rest import RestService
 from scistream_flows.s2cs import REFUSALS_AT_ONCE, S2CS, unix_owner
 
@@ -133,6 +136,19 @@ def test_all_processes_of_a_facility_count_together(facility: Make) -> None:
         service.pace(ALICE)
     assert 0 < caught.value.retry_after_s <= 30
     service.pace(BOB)
+
+
+def test_a_restart_of_the_machine_shuts_nobody_out(tmp_path: Path) -> None:
+    registry = Registry(tmp_path / "state")
+    registry.pace(ALICE, per_min=6000, burst=2)
+    with contextlib.closing(sqlite3.connect(tmp_path / "state/registry.sqlite")) as database:
+        database.execute("UPDATE callers SET busy_until_s = busy_until_s + 1e6")  # the clock began anew
+        database.commit()
+    wait_s = registry.pace(ALICE, per_min=6000, burst=2)
+    assert 0 < wait_s <= 0.011
+    time.sleep(wait_s)
+    assert registry.pace(ALICE, per_min=6000, burst=2) == 0
+    registry.close()
 
 
 def test_linked_identities_are_one_caller_and_a_group_is_many(facility: Make, site: Any) -> None:
