@@ -183,8 +183,9 @@ def test_a_scope_that_changes_is_an_error(world: World) -> None:
         assert "since the login, not" in done.stderr
 
 
-def test_a_server_that_names_the_scope_of_another_facility_gets_no_login(
-    world: World, certificate: tuple[Path, Path]
+@pytest.mark.parametrize("name", ["action_all", "manage"])
+def test_a_server_that_names_a_scope_of_another_facility_gets_no_login(
+    world: World, certificate: tuple[Path, Path], name: str
 ) -> None:
     assert world.log_in().returncode == 0
 
@@ -193,7 +194,10 @@ def test_a_server_that_names_the_scope_of_another_facility_gets_no_login(
 
         def do_GET(self) -> None:
             self.seen.append(self.headers["Authorization"])
-            body = json.dumps({"globus_auth_scope": world.scope}).encode()
+            scope = world.scope.replace(
+                "action_all", name
+            )  # the SDK keeps one token for all scopes of a client
+            body = json.dumps({"globus_auth_scope": scope}).encode()
             self.send_response(200)
             self.send_header("Content-Length", str(len(body)))
             self.end_headers()
@@ -214,7 +218,7 @@ def test_a_server_that_names_the_scope_of_another_facility_gets_no_login(
         server.shutdown()
         thread.join(10)
     assert (done.returncode, done.stdout) == (1, "")
-    assert f"names the scope of {world.facility.url}, to which it is pinned" in done.stderr
+    assert f"names a scope of {world.facility.url}, to which it is pinned" in done.stderr
     assert listed.returncode == 1
     assert {*Evil.seen} == {None}
     assert world.kept == before

@@ -120,11 +120,13 @@ class Logins:
         if known is not None and told is not None and told != known.scope:
             self.pin(address, told)
         wanted = whole_scope(scope) if scope else told or ""
-        owner = next((one for one, pin in self.pins().items() if pin.scope == told and one != url), None)
+        owner = next(
+            (one for one, pin in self.pins().items() if one != url and _same_client(pin.scope, told)), None
+        )
         if owner is not None:
-            # whoever names the scope of another facility would be sent the tokens for that one
+            # whoever names a scope of another facility's client would be sent the tokens for that one
             raise Unauthenticated(
-                f"{address} names the scope of {owner}, to which it is pinned",
+                f"{address} names a scope of {owner}, to which it is pinned",
                 which=address,
                 hint=f"If it is the same facility, say so: --scope {told}",
             )
@@ -270,7 +272,7 @@ def scope_told_by(address: str, *, ca_file: str | None = None) -> str:
                 ca_file=ca_file,
             )
             scope = json.loads(reply.content)["globus_auth_scope"]
-        except (NoAnswer, ValueError, KeyError, TypeError) as wrong:
+        except (NoAnswer, ValueError, KeyError, TypeError, RecursionError) as wrong:
             raise FacilityUnreachable(
                 f"{url} does not say what its scope is"
                 + (f": {wrong}" if isinstance(wrong, NoAnswer) else ""),
@@ -303,6 +305,11 @@ def ask_for_code() -> str:
     if not line.strip():
         raise Unauthenticated("no code was entered", which="login", hint="Run s2uc login again")
     return line.strip()
+
+
+def _same_client(scope: str, told: str | None) -> bool:
+    """Whether both are scopes of one client: the SDK keeps one token for all of these."""
+    return told is not None and _resource_server(scope) == _resource_server(told)
 
 
 def _resource_server(scope: str) -> str:
