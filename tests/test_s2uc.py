@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import re
 import signal
+import sqlite3
 import stat
+import subprocess
 import sys
 import time
 import uuid
@@ -15,7 +18,7 @@ from typing import Any, TypeAlias
 
 import pytest
 from serving import Served
-from users import Site, assert_no_relay_below, released, sha, two_facilities, user_of
+from users import Site, assert_no_relay_below, program, released, sha, two_facilities, user_of
 
 from scistream_flows.cli.console import run
 from scistream_flows.cli.ledger import Entry, Ledger, Place
@@ -279,6 +282,56 @@ def test_a_request_that_is_interrupted_leaves_nothing(site: Site, by: signal.Sig
         waiting.kill()
         waiting.communicate()
     assert site.document("list", "--s2cs", site.prod)["streams"] == []
+
+
+@pytest.mark.parametrize("by", [signal.SIGINT, signal.SIGTERM])
+def test_a_request_that_is_interrupted_before_its_answer_leaves_nothing(
+    site: Site, application: Any, by: signal.Signals
+) -> None:
+    registry = site.served[0].state_dir / "registry.sqlite"
+    host, _, port = application.address.rpartition(":")
+    where = ("--remote-ip", host, "--receiver-ports", port, "--s2cs", site.prod, "--uid", f"cut-{by}")
+    with contextlib.closing(sqlite3.connect(registry)) as database:
+        asking = site.begin("inbound-request", *where, "--format", "json")
+        try:
+            deadline = time.monotonic() + 30
+            while not database.execute("SELECT 1 FROM streams WHERE uid = ?", (f"cut-{by}",)).fetchall():
+                assert time.monotonic() < deadline
+            asking.send_signal(by)
+            stdout, stderr = asking.communicate(timeout=30)
+        finally:
+            asking.kill()
+            asking.communicate()
+    assert (asking.returncode, stdout) == (130, ""), stderr
+    assert site.document("list", "--s2cs", site.prod)["streams"] == []
+
+
+@pytest.mark.parametrize("form", ["default", "json"])
+def test_a_side_whose_answer_cannot_be_written_is_released(site: Site, application: Any, form: str) -> None:
+    host, _, port = application.address.rpartition(":")
+    where = ("--remote-ip", host, "--receiver-ports", port, "--s2cs", site.prod, "--format", form)
+    with Path("/dev/full").open("w") as full:
+        words = [*program("s2uc"), "inbound-request", *where]
+        done = subprocess.run(
+            words, env=site.environment, stdout=full, stderr=subprocess.PIPE, text=True, timeout=60
+        )
+    assert done.returncode == 1
+    assert "No space left" in done.stderr
+    assert site.document("list", "--s2cs", site.prod)["streams"] == []
+
+
+def test_a_side_that_was_open_before_outlives_a_request_for_it_that_fails(
+    site: Site, application: Any
+) -> None:
+    said = site.inbound(application.address, "--uid", "again")
+    with released(site, "again"), Path("/dev/full").open("w") as full:
+        host, _, port = application.address.rpartition(":")
+        where = ("--remote-ip", host, "--receiver-ports", port, "--num-conn", "1", "--s2cs", site.prod)
+        words = [*program("s2uc"), "inbound-request", *where, "--uid", "again"]
+        done = subprocess.run(words, env=site.environment, stdout=full, stderr=subprocess.PIPE, timeout=60)
+        assert done.returncode == 1
+        (left,) = site.document("list", "--s2cs", site.prod)["streams"]
+        assert [one["address"] for one in left["relays"][0]["listeners"]] == said["listeners"]
 
 
 # --- mock

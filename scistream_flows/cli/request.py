@@ -97,12 +97,13 @@ def _open_producer(
             answer.said("waiting for hello message")
             answer.said("sending for hello message")
             answer.said("Hello message sent successfully")
-    answer.listeners(
-        offer.addresses,
-        onwards=targets,
-        lines={"Pins": [pinned(offer)]},
-        more={"pins": pinned(offer), "offer": offer.model_dump(mode="json")},
-    )
+        # within the block: a side whose answer nobody can read is released
+        answer.listeners(
+            offer.addresses,
+            onwards=targets,
+            lines={"Pins": [pinned(offer)]},
+            more={"pins": pinned(offer), "offer": offer.model_dump(mode="json")},
+        )
     answer.note(f"then, for the other side: s2uc outbound-request {uid} {','.join(offer.addresses)} --s2cs …")
 
 
@@ -195,17 +196,17 @@ def _open_consumer(
             answer.said("waiting for hello message")
             answer.said("sending for hello message")
             answer.said("Hello message sent successfully")
-    peers = [peer_in_words(one) for one in opened.peers]
-    answer.listeners(
-        opened.offer.addresses,
-        onwards=onwards,
-        lines={} if opened.told else {"Peers": [" ".join(peers)]},
-        more={
-            "peers": peers,
-            "told": opened.told,
-            "offer": opened.offer.model_dump(mode="json"),
-        },
-    )
+        peers = [peer_in_words(one) for one in opened.peers]
+        answer.listeners(
+            opened.offer.addresses,
+            onwards=onwards,
+            lines={} if opened.told else {"Peers": [" ".join(peers)]},
+            more={
+                "peers": peers,
+                "told": opened.told,
+                "offer": opened.offer.model_dump(mode="json"),
+            },
+        )
     if opened.refusal:
         answer.note(f"this machine may not connect: {opened.refusal}; name with --consumer who may")
     if not opened.told:

@@ -71,7 +71,7 @@ class Session:
     def producer(
         self, where: Place, *, wish: Mapping[str, Any], targets: Sequence[str], chosen: Collection[str]
     ) -> Iterator[tuple[Facility, Offer]]:
-        """PROD's side, opened; it is released again when the block raises.
+        """PROD's side, opened; it is released again when the block raises, unless it was open before.
 
         Args:
             where: The facility.
@@ -139,16 +139,23 @@ class Session:
         self, where: Place, document: Mapping[str, Any], chosen: Collection[str]
     ) -> Iterator[tuple[Facility, Offer]]:
         role: Role = document["role"]
+        record = self._ledger.find(self.uid)
+        known = record.sides.get(role) if record else None
+        offer: Offer | None = None
         with contextlib.closing(connect(where)) as facility:
-            offer = _requested(facility, document, chosen)
             try:
+                offer = _requested(facility, document, chosen)
                 self._ledger.keep(self.uid, role, Entry(place=where, offer=offer))
                 yield facility, offer
-            except BaseException:
-                # what cannot be reached now, its lease ends
-                with contextlib.suppress(ScistreamError):
-                    facility.release(Release(uid=self.uid, role=role))
-                    self._ledger.forget(self.uid, role)
+            except BaseException as wrong:
+                said_no = isinstance(wrong, ScistreamError) and offer is None
+                # who reads no further, such as `| head -2`, has read what he wanted
+                read_enough = isinstance(wrong, BrokenPipeError)
+                if not said_no and not read_enough and not _was_there(known, offer):
+                    # what cannot be reached now, its lease ends
+                    with contextlib.suppress(ScistreamError):
+                        facility.release(Release(uid=self.uid, role=role))
+                        self._ledger.forget(self.uid, role)
                 raise
 
     # --- later
@@ -308,6 +315,13 @@ def pauses() -> Iterator[float]:
     while True:
         yield pause_s
         pause_s = min(1.5 * pause_s, LONGEST_POLL_S)
+
+
+def _was_there(known: Entry | None, offer: Offer | None) -> bool:
+    """Whether a side was open before it was asked for; of one that has not been answered, whether it may have been."""
+    if known is None or offer is None:
+        return known is not None
+    return [one.relay_id for one in known.offer.relays] == [one.relay_id for one in offer.relays]
 
 
 def _requested(facility: Facility, document: Mapping[str, Any], chosen: Collection[str]) -> Offer:
