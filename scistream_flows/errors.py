@@ -164,9 +164,9 @@ class RateLimited(ScistreamError):
 
     @property
     def retry_after_s(self) -> float:
-        """How long to wait before the next request, seconds."""
+        """How long to wait before the next request, seconds; whoever says nonsense is asked again after one."""
         wait_s = self.details.get("retry_after_s")
-        return float(wait_s) if isinstance(wait_s, int | float) else 1.0
+        return float(wait_s) if isinstance(wait_s, int | float) and 0 < wait_s < 1e6 else 1.0
 
 
 class CapacityExhausted(ScistreamError):

@@ -151,9 +151,9 @@ class _Asked(BaseModel):
 
 
 class _Part(BaseModel):
-    """A piece of an answer."""
+    """A piece of an answer. No figure in it is infinite, or none at all: JSON has no word for these."""
 
-    model_config = ConfigDict(extra="ignore", frozen=True)
+    model_config = ConfigDict(extra="ignore", frozen=True, allow_inf_nan=False)
 
 
 class _Answered(_Part):

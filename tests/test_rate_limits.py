@@ -219,6 +219,14 @@ def test_a_client_waits_for_its_turn(tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert any(line["code"] == "rate-limited" for line in denied(served.state_dir))
 
 
+@pytest.mark.parametrize("said", [-5, 0, float("nan"), float("inf"), "soon", None, True])
+def test_a_pause_that_is_none_is_a_second(said: object) -> None:
+    document = RateLimited("too often", retry_after_s=said).to_document()
+    limited = error_from_document(document)
+    assert isinstance(limited, RateLimited)
+    assert limited.retry_after_s == 1
+
+
 def test_who_cannot_wait_so_long_gets_the_typed_error(slow: Served) -> None:
     service = RestService(slow.url, authorizer=lambda _: slow.token, deadline_s=5)
     said = [service.answer("list", {}) for _ in range(6)]

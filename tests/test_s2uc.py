@@ -22,12 +22,13 @@ from users import Site, assert_no_relay_below, program, released, sha, two_facil
 
 from scistream_flows.cli.console import run
 from scistream_flows.cli.ledger import Entry, Ledger, Place
+from scistream_flows.cli.listing import put_streams
 from scistream_flows.cli.pin import Named, offer_at, peer_in_words, pinned, read_peer, read_places
 from scistream_flows.cli.s2uc import Asked, s2uc
 from scistream_flows.config import load_facility
 from scistream_flows.errors import BadRequest, ConfigError
 from scistream_flows.facility import RestFacility
-from scistream_flows.models import Hello, Offer, Peer, Release, read
+from scistream_flows.models import Hello, Offer, Peer, Release, Status, read
 from scistream_flows.s2cs import S2CS
 
 MOCK_UID = "4f8583bc-a4d3-11ee-9fd6-034d1fcbd7c3"
@@ -417,6 +418,7 @@ def test_status_and_list_show_the_streams_of_the_user(site: Site, application: A
     ("arguments", "words"),
     [
         (("prod-req", "--bogus"), "--bogus"),
+        (("prod-req", "--lease-s", "9" * 400), "is longer than 3660 d"),
         (("no-such-command",), "no-such-command"),
         (("inbound-request", "--receiver_ports", "80,x"), "are not ports"),
         (("inbound-request", "--receiver_ports", "70000"), "are not ports"),
@@ -446,6 +448,28 @@ def test_wrong_usage_is_exit_code_2_and_leaves_stdout_alone(
     assert (left.value.code, said.out) == (2, "")
     assert words in said.err
     assert "Traceback" not in said.err
+
+
+STEERING = "\x1b]0;title\x07\x1b[2J"
+
+
+def test_a_facility_cannot_steer_the_terminal(capsys: pytest.CaptureFixture[str]) -> None:
+    relay = {"relay_id": "0" * 32, "role": "PROD", "state": "READY", "gateway": f"dtn{STEERING}"}
+    side = {"uid": "u", "role": "PROD", "owner": "urn:test:a", "mode": "tls", "state": "READY"}
+    more = {"message": STEERING, "limiting": {"leg": f"wan{STEERING}"}, "relays": [relay]}
+    put_streams([Status.model_validate({**side, **more})])
+    said = capsys.readouterr()
+    assert r"dtn\x1b]0;title\x07" in said.out
+    assert not set(said.out + said.err) & set("\x1b\x07")
+
+
+@pytest.mark.parametrize("wrong", ["NaN", "Infinity", "1e999", "1" + 400 * "0"])
+def test_a_figure_that_is_none_is_said_in_words(wrong: str) -> None:
+    side = (
+        '{"protocol": 1, "uid": "u", "role": "PROD", "owner": "urn:test:a", "mode": "tls", "state": "READY"'
+    )
+    with pytest.raises(BadRequest, match="lease_remaining_s: Input should be a finite number"):
+        read(Status, json.loads(f'{side}, "lease_remaining_s": {wrong}}}'))
 
 
 @pytest.mark.parametrize("spelled", ["--version", "-v"])

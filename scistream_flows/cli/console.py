@@ -30,6 +30,9 @@ from scistream_flows.models import UID_PATTERN
 CANCELLED: Final = 130
 """The exit code after Ctrl-C: 128 and the number of SIGINT."""
 
+LONGEST_SPAN_S: Final = 10 * 366 * 86_400
+"""Longer than anything here, and short enough for every clock, seconds."""
+
 _UNITS_S: Final = {"s": 1, "m": 60, "min": 60, "h": 3600, "d": 86_400}
 
 
@@ -160,7 +163,7 @@ def put_table(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
     for column in table.columns:
         column.no_wrap = True
     for row in rows:
-        table.add_row(*(Text(cell) for cell in row))
+        table.add_row(*(Text(plain(cell)) for cell in row))  # other machines have written some of them
     console = Console(highlight=False)
     wide = console.options.update(max_width=10_000)
     console.width = Measurement.get(console, wide, table).maximum + 1
@@ -234,7 +237,14 @@ class Span(click.ParamType):
         unit = _UNITS_S.get(match[2] or "s") if match else None
         if match is None or unit is None:
             self.fail(f"{value!r} is not a duration such as 90s, 10m, 1h or 2d", param, ctx)
-        return float(match[1]) * unit
+        span_s = float(match[1]) * unit
+        if span_s > LONGEST_SPAN_S:
+            self.fail(f"{_shortened(str(value))} is longer than {in_time(LONGEST_SPAN_S)}", param, ctx)
+        return span_s
+
+
+def _shortened(text: str) -> str:
+    return text if len(text) <= 30 else f"{text[:20]}…"
 
 
 def in_units(value: float, unit: str) -> str:

@@ -7,7 +7,7 @@ import json
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 import click
 from rich.console import Console
@@ -31,6 +31,8 @@ from scistream_flows.cli.request import MOCK_UID
 from scistream_flows.cli.session import Session, Sight
 from scistream_flows.errors import NotFound
 from scistream_flows.models import ListQuery, Role, Status
+
+LONGEST_PAUSE_S: Final = 3600.0
 
 
 @click.command()
@@ -104,7 +106,7 @@ def renew(uid: str, lease_s: float | None, form: Form, *, keep: bool, **options:
         while keep and not all(one.ended for one in sides.values()):
             left_s = min((one.lease_remaining_s or 0 for one in sides.values() if not one.ended), default=0)
             now.says(f"{uid}: lease {in_time(left_s)}, renewed until Ctrl-C")
-            time.sleep(max(0.2, left_s / 3))
+            time.sleep(min(max(0.2, left_s / 3), LONGEST_PAUSE_S))
             sides = sight.renew(wanted)
     if form == "json":
         put_document({"streams": [one.model_dump(mode="json") for one in sides.values()]})
