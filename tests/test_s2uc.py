@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import re
 import signal
 import sqlite3
@@ -30,6 +31,7 @@ from scistream_flows.errors import BadRequest, ConfigError
 from scistream_flows.facility import RestFacility
 from scistream_flows.models import Hello, Offer, Peer, Release, Status, read
 from scistream_flows.s2cs import S2CS
+from scistream_flows.stream import ROLES
 
 MOCK_UID = "4f8583bc-a4d3-11ee-9fd6-034d1fcbd7c3"
 
@@ -409,6 +411,47 @@ def test_status_and_list_show_the_streams_of_the_user(site: Site, application: A
     assert unknown.returncode == 1
     assert "Name its facility with --s2cs" in unknown.stderr
     assert site.s2uc("status", "never-was", "--s2cs", site.prod).returncode == 1
+
+
+def test_a_facility_that_is_away_does_not_hide_the_streams_of_the_others(
+    site: Site, application: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    said = site.inbound(application.address, "--uid", "here")
+    monkeypatch.setenv("SCISTREAM_CONFIG_DIR", site.environment["SCISTREAM_CONFIG_DIR"])
+    with released(site, "here"):
+        away = Entry(place=Place(address="127.0.0.1:1"), offer=read(Offer, said["offer"]))
+        Ledger().keep("there", "PROD", away)
+        done = site.s2uc("list")
+        assert done.returncode == 1
+        assert [row.split()[0] for row in done.stdout.splitlines()] == ["UID", "here"]
+        assert "nobody serves at http://127.0.0.1:1" in done.stderr
+        assert "1 of 2 facilities could not be asked: 127.0.0.1:1" in done.stderr
+        document = site.s2uc("list", "--format", "json")
+        assert document.returncode == 1
+        assert [one["uid"] for one in json.loads(document.stdout)["streams"]] == ["here"]
+
+
+def test_a_stream_that_has_long_been_over_is_forgotten(
+    site: Site, application: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    said = site.inbound(application.address, "--uid", "lives")
+    monkeypatch.setenv("SCISTREAM_CONFIG_DIR", site.environment["SCISTREAM_CONFIG_DIR"])
+    ledger = Ledger()
+    with released(site, "lives"):
+        record = ledger.find("lives")
+        assert record is not None
+        entry = Entry(place=record.sides["PROD"].place, offer=read(Offer, said["offer"]))
+        for uid in ("over", "just-over"):
+            for role in ROLES:
+                ledger.keep(uid, role, entry)
+        for record in ledger.all():
+            if record.uid != "just-over":
+                file = next(
+                    one for one in ledger.folder.glob("*.json") if f'"{record.uid}"' in one.read_text()
+                )
+                os.utime(file, (0, time.time() - 2 * 86_400))
+        assert site.s2uc("list").returncode == 0
+        assert {one.uid for one in ledger.all()} == {"lives", "just-over"}
 
 
 # --- usage

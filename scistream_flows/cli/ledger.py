@@ -11,14 +11,15 @@ import fcntl
 import hashlib
 import os
 import secrets
-from collections.abc import Iterator, Mapping
+import time
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from scistream_flows.config import config_folders
 from scistream_flows.errors import PROTOCOL, ConfigError
-from scistream_flows.models import Offer, Role, Uid
+from scistream_flows.models import DAY_S, Offer, Role, Uid
 
 
 class Place(BaseModel):
@@ -82,6 +83,11 @@ class Ledger:
         self._folder = (folder or user_directory()) / "streams"
         self._folder.mkdir(mode=0o700, exist_ok=True)
 
+    @property
+    def folder(self) -> Path:
+        """Where they are, a file for each."""
+        return self._folder
+
     def find(self, uid: str) -> Record | None:
         """What is known of a stream.
 
@@ -92,8 +98,11 @@ class Ledger:
 
     def all(self) -> list[Record]:
         """Every stream that is known, the one that was opened last at the end."""
-        files = sorted(self._folder.glob("*.json"), key=lambda one: one.stat().st_mtime_ns)
-        return [one for one in map(self._read, files) if one is not None]
+        found = []
+        for file in self._folder.glob("*.json"):
+            with contextlib.suppress(FileNotFoundError):  # another command forgets it just now
+                found.append((file.stat().st_mtime_ns, file))
+        return [one for one in (self._read(file) for _, file in sorted(found)) if one is not None]
 
     def keep(self, uid: str, role: Role, entry: Entry) -> None:
         """Remember a side that was opened."""
@@ -112,6 +121,18 @@ class Ledger:
                 self._write(known.model_copy(update={"sides": left}))
             else:
                 self._file(uid).unlink(missing_ok=True)
+
+    def forget_old(self, place: Place, there: Collection[tuple[str, Role]]) -> None:
+        """Forget the sides at a place that are not among those `there`, and were opened longer ago than a day.
+
+        Until then the facility tells how a stream has ended, and this is how it is found.
+        """
+        for record in self.all():
+            with contextlib.suppress(FileNotFoundError):  # another command has forgotten it
+                if time.time() - self._file(record.uid).stat().st_mtime > DAY_S:
+                    for role, side in record.sides.items():
+                        if side.place == place and (record.uid, role) not in there:
+                            self.forget(record.uid, role)
 
     def _file(self, uid: str) -> Path:
         # a uid is never a path

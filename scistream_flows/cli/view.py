@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.live import Live
 
 from scistream_flows.cli.answer import Form
-from scistream_flows.cli.console import Span, in_time, in_units, progress, put, put_document, say
+from scistream_flows.cli.console import Span, in_time, in_units, plain, progress, put, put_document, say
 from scistream_flows.cli.ledger import Ledger, Place
 from scistream_flows.cli.listing import put_streams
 from scistream_flows.cli.live import Sample, draw, picture, require_plot, samples
@@ -29,7 +29,7 @@ from scistream_flows.cli.options import (
 from scistream_flows.cli.place import connect, place
 from scistream_flows.cli.request import MOCK_UID
 from scistream_flows.cli.session import Session, Sight
-from scistream_flows.errors import NotFound
+from scistream_flows.errors import FacilityUnreachable, NotFound, ScistreamError
 from scistream_flows.models import ListQuery, Role, Status
 
 LONGEST_PAUSE_S: Final = 3600.0
@@ -66,17 +66,30 @@ def list_(form: Form, *, ended: bool, **options: Any) -> None:
     where = given_place(options)
     places = [where] if where else _known_places() or [place("localhost:5000")]
     found: list[Status] = []
+    silent: dict[str, ScistreamError] = {}
     for number, one in enumerate(places, 1):
         with progress(f"asking {one.address} ({number} of {len(places)})"):
-            facility = connect(one)
             try:
-                found += facility.list(ListQuery(include_ended=ended)).streams
-            finally:
-                facility.close()
-    if not found and form != "json":
+                with contextlib.closing(connect(one)) as facility:
+                    there = facility.list(ListQuery(include_ended=ended)).streams
+                found += there
+                Ledger().forget_old(one, {(side.uid, side.role) for side in there})
+            except ScistreamError as wrong:
+                silent[one.address] = wrong
+    if len(silent) == len(places) == 1:
+        raise next(iter(silent.values()))
+    if found or form == "json":
+        _put_streams(found, form)
+    elif not silent:
         say(f"no streams at {', '.join(one.address for one in places)}")
-        return
-    _put_streams(found, form)
+    for why in silent.values():
+        say(plain(why.message))
+    if silent:
+        raise FacilityUnreachable(
+            f"{len(silent)} of {len(places)} facilities could not be asked: {', '.join(silent)}",
+            which=", ".join(silent),
+            hint=f"Name one with --s2cs to ask only there. What you have opened where is in {Ledger().folder}",
+        )
 
 
 def _known_places() -> list[Place]:
