@@ -38,9 +38,10 @@ LONGEST_BODY_BYTES: Final = 256 * 1024
 
 REFUSALS_PER_MIN: Final = 60
 REFUSALS_AT_ONCE: Final = 100
-"""Lines of the log for requests that were refused, of everybody together; those beyond are counted in the next one."""
+"""Lines of the log for requests that were refused or brought no token, of everybody together; those beyond are counted
+in the next one."""
 
-_REFUSED: Final = frozenset({400, 401, 403, 404, 405, 408, 413, 429})
+_REFUSED: Final = frozenset({400, 401, 403, 404, 405, 408, 413, 422, 429})
 
 REQUEST_WITHIN_S: Final = 10.0
 """So long a caller may take for the head of a request, and again for its body, seconds."""
@@ -119,7 +120,7 @@ class Doorkeeper:
     """Sees every request first: refuses what is too large or meant for another host, and logs it.
 
     A line of the log has the client, the method, the path without its query, the status and the time; never a header.
-    Many refusals are counted instead.
+    Many refusals, and many requests without a token, are counted instead.
 
     Args:
         app: What comes after.
@@ -170,7 +171,8 @@ class Doorkeeper:
             self._log(scope, status, took_s=took_s)
 
     def _log(self, scope: Scope, status: int, *, took_s: float) -> None:
-        if status in _REFUSED and self._refusals.take(""):
+        stranger = "authorization" not in Headers(scope=scope)
+        if (stranger or status in _REFUSED) and self._refusals.take(""):
             self._unwritten += 1
             return
         unwritten, self._unwritten = self._unwritten, 0
@@ -181,7 +183,7 @@ class Doorkeeper:
             scope["path"].encode("unicode_escape").decode(),
             status or "-",
             1000 * took_s,
-            f", {unwritten} refused before it not logged" if unwritten else "",
+            f", {unwritten} before it not logged" if unwritten else "",
         )
 
     def _refusal(self, headers: Headers) -> JSONResponse | None:
@@ -221,6 +223,27 @@ def _too_large() -> ScistreamError:
     return BadRequest(
         f"the body is larger than {LONGEST_BODY_BYTES} bytes", which="body", hint="Send a smaller document"
     )
+
+
+class FewWarnings(logging.Filter):
+    """Of the warnings of a logger only so many: the server writes one for each stranger who speaks no HTTP."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._warnings = Allowance(per_min=REFUSALS_PER_MIN, burst=REFUSALS_AT_ONCE)
+        self._unwritten = 0
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        """Whether a record is written."""
+        if record.levelno > logging.WARNING:
+            return True
+        if self._warnings.take(""):
+            self._unwritten += 1
+            return False
+        unwritten, self._unwritten = self._unwritten, 0
+        if unwritten:
+            record.msg, record.args = f"{record.getMessage()} {unwritten} before it not logged", ()
+        return True
 
 
 class PromptHTTP(H11Protocol):

@@ -133,6 +133,9 @@ class _Application:
             level=logging.INFO, stream=sys.stderr, format="%(asctime)s %(levelname)s %(name)s: %(message)s"
         )
         logging.getLogger("uvicorn").setLevel(logging.WARNING)  # where it serves, we say ourselves
+        from .answers import FewWarnings
+
+        logging.getLogger("uvicorn.error").addFilter(FewWarnings())
         _end_with_the_parent()
         app = build(
             S2CS(self.config),
