@@ -236,6 +236,19 @@ def test_an_expired_token_is_renewed_without_the_person(world: World) -> None:
     assert json.loads(file.read_text()) != kept
 
 
+def test_tokens_that_were_torn_are_said_in_words_and_logout_mends_it(world: World) -> None:
+    assert world.log_in().returncode == 0
+    file = world.config / "s2uc" / "login" / "tokens.json"
+    file.write_text(file.read_text()[:-20])  # the SDK writes it in place: a kill leaves this
+    done = world.s2uc("list", "--s2cs", world.facility.url)
+    assert done.returncode != 0
+    assert f"{file} cannot be read as the tokens of s2uc" in done.stderr
+    assert "s2uc logout removes it" in done.stderr
+    assert world.s2uc("logout").returncode == 0
+    assert world.log_in().returncode == 0
+    assert world.s2uc("list", "--s2cs", world.facility.url).returncode == 0
+
+
 def test_a_login_without_an_application_or_a_facility_says_what_to_do(world: World) -> None:
     without = world.s2uc("login", "--s2cs", world.facility.url)
     assert without.returncode == 2

@@ -7,6 +7,7 @@ refresh tokens; both are kept in a file that only the user may read, and are nev
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import json
 import os
 import re
@@ -141,11 +142,12 @@ class Logins:
         self._folder.mkdir(mode=0o700, exist_ok=True)
         pin = Pin(scope=wanted, client_id=client_id)
         app = self._app(pin, prompt=prompt)
-        with _asking_globus():
+        with self._asking_globus():
             if known is not None and not app.login_required():
                 return False
             app.login()
-        self._write({**self.pins(), url: pin})
+        with self._alone():
+            self._write({**self.pins(), url: pin})
         return True
 
     def token(self, address: str, scope: str | None = None) -> str | None:
@@ -158,7 +160,7 @@ class Logins:
         pin = self.pin(address, scope)
         if pin is None:
             return None
-        with _asking_globus():
+        with self._alone(), self._asking_globus():
             if pin.scope not in self._authorizers:
                 self._authorizers[pin.scope] = self._app(pin).get_authorizer(_resource_server(pin.scope))
             header = self._authorizers[pin.scope].get_authorization_header()
@@ -172,9 +174,9 @@ class Logins:
         for client_id in {pin.client_id for pin in pins.values()}:
             one = next(pin for pin in pins.values() if pin.client_id == client_id)
             try:
-                with _asking_globus():
+                with self._asking_globus():
                     self._app(one).logout(sweep=True)
-            except (AuthUnavailable, Unauthenticated, MissingExtra) as wrong:
+            except (AuthUnavailable, ConfigError, Unauthenticated, MissingExtra) as wrong:
                 say(f"Globus was not told, so the tokens expire by themselves: {wrong.message}")
         for file in (self._pins, self._tokens):
             file.unlink(missing_ok=True)
@@ -194,6 +196,53 @@ class Logins:
         with os.fdopen(os.open(new, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600), "w") as out:
             json.dump({"protocol": 1, "pins": {url: asdict(pin) for url, pin in pins.items()}}, out)
         new.replace(self._pins)
+
+    @contextlib.contextmanager
+    def _alone(self) -> Iterator[None]:
+        """Two commands that read and write what is kept wait for each other: the SDK writes its file in place."""
+        self._folder.mkdir(mode=0o700, exist_ok=True)
+        lock = os.open(self._folder / ".lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            yield
+        finally:
+            os.close(lock)
+
+    @contextlib.contextmanager
+    def _asking_globus(self) -> Iterator[None]:
+        """Turn what globus_sdk raises into our errors."""
+        try:
+            from globus_sdk import GlobusAPIError, GlobusError, NetworkError
+        except ImportError:
+            yield  # whoever asks says what is missing
+            return
+        try:
+            yield
+        except NetworkError as wrong:
+            raise AuthUnavailable(
+                f"Globus Auth does not answer: {_first_line(wrong)}",
+                which="Globus Auth",
+                hint="Try again later",
+            ) from None
+        except GlobusAPIError as wrong:
+            refused = 400 <= wrong.http_status < 500
+            said = "; ".join(wrong.messages) or wrong.text[:200] or str(wrong.http_status)
+            kind: Any = Unauthenticated if refused else AuthUnavailable
+            hint = "s2uc logout, then s2uc login" if refused else "Try again later"
+            raise kind(f"Globus Auth: {said}", which="Globus Auth", hint=hint) from None
+        except GlobusError as wrong:
+            raise Unauthenticated(
+                f"the login at Globus does not count: {_first_line(wrong)}",
+                which="Globus Auth",
+                hint="s2uc logout, then s2uc login",
+            ) from None
+        except ValueError as wrong:
+            raise ConfigError(
+                f"{self._tokens} cannot be read as the tokens of s2uc: {_first_line(wrong)}",
+                which=str(self._tokens),
+                hint="s2uc logout removes it; then log in again",
+                file=str(self._tokens),
+            ) from None
 
     def _app(self, pin: Pin, *, prompt: Callable[[], str] | None = None) -> UserApp:
         try:
@@ -321,34 +370,6 @@ def _resource_server(scope: str) -> str:
             hint="It is the UUID of the facility's client, or https://auth.globus.org/scopes/UUID/action_all",
         )
     return match[1]
-
-
-@contextlib.contextmanager
-def _asking_globus() -> Iterator[None]:
-    """Turn what globus_sdk raises into our errors."""
-    try:
-        from globus_sdk import GlobusAPIError, GlobusError, NetworkError
-    except ImportError:
-        yield  # whoever asks says what is missing
-        return
-    try:
-        yield
-    except NetworkError as wrong:
-        raise AuthUnavailable(
-            f"Globus Auth does not answer: {_first_line(wrong)}", which="Globus Auth", hint="Try again later"
-        ) from None
-    except GlobusAPIError as wrong:
-        refused = 400 <= wrong.http_status < 500
-        said = "; ".join(wrong.messages) or wrong.text[:200] or str(wrong.http_status)
-        kind: Any = Unauthenticated if refused else AuthUnavailable
-        hint = "s2uc logout, then s2uc login" if refused else "Try again later"
-        raise kind(f"Globus Auth: {said}", which="Globus Auth", hint=hint) from None
-    except GlobusError as wrong:
-        raise Unauthenticated(
-            f"the login at Globus does not count: {_first_line(wrong)}",
-            which="Globus Auth",
-            hint="s2uc logout, then s2uc login",
-        ) from None
 
 
 def _first_line(wrong: Exception) -> str:
