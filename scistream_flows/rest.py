@@ -140,6 +140,12 @@ class RestService:
                 )
             except NoAnswer as none:
                 said = str(none)
+                if none.untrusted:
+                    raise FacilityUnreachable(
+                        f"{self.url} does not prove who it is: {said}",
+                        which=self.url,
+                        hint="Trust the authority of its certificate: --server_cert FILE, or $REQUESTS_CA_BUNDLE",
+                    ) from None
             else:
                 pause_s = max(pause_s, min(reply.pause_s, LONGEST_RETRY_S))
                 understood = self._understood(reply, token, path)

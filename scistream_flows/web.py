@@ -32,11 +32,13 @@ class NoAnswer(Exception):
 
     Attributes:
         may_have_arrived: Whether the server may have seen it.
+        untrusted: Whether its certificate is none to trust: no other try will change that.
     """
 
-    def __init__(self, words: str, *, may_have_arrived: bool) -> None:
+    def __init__(self, words: str, *, may_have_arrived: bool, untrusted: bool = False) -> None:
         super().__init__(words)
         self.may_have_arrived = may_have_arrived
+        self.untrusted = untrusted
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -138,7 +140,9 @@ def ask(
         never_sent = isinstance(error, requests.exceptions.ConnectTimeout) or "NewConnectionError" in repr(
             error
         )
-        raise NoAnswer(_plain(error), may_have_arrived=not never_sent) from None
+        words = _plain(error)
+        untrusted = "CERTIFICATE_VERIFY_FAILED" in words
+        raise NoAnswer(words, may_have_arrived=not never_sent, untrusted=untrusted) from None
 
 
 def without(token: str | None, value: Any) -> Any:

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any, TypeAlias
 
 import pytest
-from serving import Served
+from serving import Served, serving
 from users import Site, assert_no_relay_below, program, released, sha, two_facilities, user_of
 
 from scistream_flows.cli.console import run
@@ -452,6 +452,22 @@ def test_a_stream_that_has_long_been_over_is_forgotten(
                 os.utime(file, (0, time.time() - 2 * 86_400))
         assert site.s2uc("list").returncode == 0
         assert {one.uid for one in ledger.all()} == {"lives", "just-over"}
+
+
+def test_a_server_that_is_not_trusted_is_given_up_at_once(
+    site: Site, tmp_path: Path, certificate: tuple[Path, Path]
+) -> None:
+    chain, key = map(str, certificate)
+    with serving(tmp_path, "own", development=True, certificate=chain, key=key) as served:
+        done = site.s2uc("list", "--s2cs", served.url)
+        assert done.returncode == 1
+        assert f"{served.url} does not prove who it is" in done.stderr
+        assert len(done.stderr.splitlines()) == 3
+        junk = tmp_path / "junk.crt"
+        junk.write_text("junk")
+        done = site.s2uc("list", "--s2cs", served.url, "--server_cert", junk)
+        assert done.returncode == 2
+        assert f"{junk} has no certificates that could be trusted" in done.stderr
 
 
 # --- usage

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import socket
+import ssl
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -47,6 +48,18 @@ def place(address: str, *, scope: str = "", server_cert: str | None = None) -> P
     return Place(address=address, scope=scope or None, server_cert=certificate)
 
 
+def _check_certificate(file: str) -> None:
+    try:
+        ssl.create_default_context(cafile=file)
+    except (OSError, ssl.SSLError) as wrong:
+        raise ConfigError(
+            f"{file} has no certificates that could be trusted: {wrong}",
+            which=file,
+            hint=f"Give another with --server_cert; {DEFAULT_CERTIFICATE} of this folder is taken where none is given",
+            file=file,
+        ) from None
+
+
 def connect(where: Place) -> Facility:
     """The facility at a place.
 
@@ -60,6 +73,8 @@ def connect(where: Place) -> Facility:
     if not re.fullmatch(r"https?://.+|[^/]+:[0-9]+", where.address):
         return connect_facility(where.address)  # says what an address is
     url = base_url(where.address)
+    if where.server_cert is not None and url.startswith("https:"):
+        _check_certificate(where.server_cert)
     logins = Logins()
     logins.pin(where.address, where.scope)
     said: list[str] = []
@@ -68,8 +83,8 @@ def connect(where: Place) -> Facility:
     def authorizer(asked: str) -> str | None:
         token = logins.token(where.address, where.scope) or tokens(asked)
         if token is None:
-            for words in said:
-                say(words)
+            while said:  # once: it is asked for again at each try
+                say(said.pop(0))
             if where.scope:
                 raise Unauthenticated(
                     f"no login has pinned the scope {where.scope} to it",
