@@ -7,11 +7,13 @@ import shutil
 import signal
 import socket
 import subprocess
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+import zmq
 from serving import Served
 from users import Site, assert_no_relay_below, program, released, sha, two_facilities, user_of
 
@@ -170,3 +172,20 @@ def test_messages_are_published_and_read(site: Site) -> None:
         assert numbers == list(range(numbers[0], numbers[0] + 3))
     finally:
         assert ended(producer) == 130
+
+
+def test_a_publisher_cannot_steer_the_terminal(site: Site) -> None:
+    with zmq.Context() as context, context.socket(zmq.PUB) as publisher:
+        publisher.linger = 0
+        port = publisher.bind_to_random_port("tcp://127.0.0.1")
+        reader = begin(site, "subscribe", f"127.0.0.1:{port}", "--count", 1, "--timeout-s", "20s")
+        try:
+            while reader.poll() is None:
+                publisher.send_multipart([b"\x1b]0;title\x07", b"\xff \xc3\xa9"])
+                time.sleep(0.05)
+            assert reader.stdout is not None
+            assert reader.stdout.read() == "\\x1b]0;title\\x07 \\xff é\n"
+        finally:
+            reader.kill()
+            reader.communicate()
+    assert reader.returncode == 0

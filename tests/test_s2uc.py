@@ -546,6 +546,15 @@ def test_a_shell_completes_its_words(site: Site, shell: str) -> None:
     assert "outbound-request" in done.stdout
 
 
+def test_what_cannot_be_read_leaves_a_completion_without_words(site: Site) -> None:
+    streams = Path(site.environment["SCISTREAM_CONFIG_DIR"]) / "s2uc" / "streams"
+    site.s2uc("status", "any")  # makes the directory
+    (streams / "torn.json").write_text("{")
+    words = {"COMP_WORDS": "s2uc status ", "COMP_CWORD": "2"}
+    done = site.s2uc(_S2UC_COMPLETE="bash_complete", **words)
+    assert (done.returncode, done.stdout.strip(), done.stderr) == (0, "", "")
+
+
 # --- pins and the ledger, by themselves
 
 KEY, OTHER = "k" * 43, "o" * 43

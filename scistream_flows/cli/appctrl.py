@@ -23,6 +23,7 @@ from scistream_flows.cli.console import (
     StreamName,
     completion,
     interrupted_by_sigterm,
+    plain,
     progress,
     put,
     put_document,
@@ -243,7 +244,8 @@ def subscribe(target: str, count: int | None, timeout_s: float | None) -> None:
                     which=target,
                     hint="See that `appctrl run-producer` runs, and `s2uc status`",
                 )
-            put(subscriber.recv_string())
+            # whoever publishes there may say anything
+            put(plain(b" ".join(subscriber.recv_multipart()).decode(errors="backslashreplace")))
             number += 1
 
 

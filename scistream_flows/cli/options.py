@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Mapping
 from typing import Any, Final, TypeVar
 
@@ -13,6 +14,7 @@ from scistream_flows.cli.answer import FORMS
 from scistream_flows.cli.console import Span, StreamName, in_time
 from scistream_flows.cli.ledger import Ledger, Place
 from scistream_flows.cli.place import place
+from scistream_flows.errors import ScistreamError
 from scistream_flows.models import DAY_S
 from scistream_flows.stream import ROLES
 
@@ -29,7 +31,9 @@ class Known(StreamName):
     ) -> list[CompletionItem]:
         """The uids that begin like this."""
         del ctx, param
-        known = [record.uid for record in Ledger().all()]
+        known: list[str] = []
+        with contextlib.suppress(ScistreamError, OSError):  # no place for words
+            known = [record.uid for record in Ledger().all()]
         return [CompletionItem(uid) for uid in known if uid.startswith(incomplete)]
 
 
