@@ -440,12 +440,12 @@ def _running(config: FacilityConfig) -> Iterator[S2CS | None]:
 
 def _put_findings(facility: str, findings: Sequence[Finding]) -> None:
     for gateway in dict.fromkeys(one.gateway for one in findings):
-        put(click.style(f"gateway {gateway}" if gateway else f"facility {facility}", bold=True))
+        put(click.style(f"gateway {plain(gateway)}" if gateway else f"facility {facility}", bold=True))
         for one in findings:
             if one.gateway == gateway:
                 put(f"  {click.style(f'{one.level:<8}', fg=_COLOURS[one.level])} {plain(one.message)}")
                 for line in (one.fix or "").splitlines():
-                    put(f"    {line}")
+                    put(f"    {plain(line)}")
         put("")
     numbers = {level: sum(one.level == level for one in findings) for level in reversed(_COLOURS)}
     put(

@@ -21,6 +21,7 @@ import pytest
 from serving import Served, serving
 from users import Site, assert_no_relay_below, program, released, sha, two_facilities, user_of
 
+from scistream_flows.cli.answer import Answer
 from scistream_flows.cli.console import run
 from scistream_flows.cli.ledger import Entry, Ledger, Place
 from scistream_flows.cli.listing import put_streams
@@ -517,6 +518,8 @@ def test_a_facility_cannot_steer_the_terminal(capsys: pytest.CaptureFixture[str]
     side = {"uid": "u", "role": "PROD", "owner": "urn:test:a", "mode": "tls", "state": "READY"}
     more = {"message": STEERING, "limiting": {"leg": f"wan{STEERING}"}, "relays": [relay]}
     put_streams([Status.model_validate({**side, **more})])
+    answer = Answer("default", uid="u", address="127.0.0.1:1", role="PROD")
+    answer.listeners([], onwards=[f"127.0.0.1:1{STEERING}"], lines={}, more={})
     said = capsys.readouterr()
     assert r"dtn\x1b]0;title\x07" in said.out
     assert not set(said.out + said.err) & set("\x1b\x07")

@@ -87,7 +87,7 @@ class Answer:
         for one in listeners:
             put(f'listeners: "{one}"')
         for one in onwards:
-            put(f'prod_listeners: "{one}"')
+            put(f'prod_listeners: "{plain(one)}"')
         put(f"Listeners: {list(listeners)!r}")
         for name, words in lines.items():
             for one in words:

@@ -17,7 +17,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
-from scistream_flows.cli.console import say
+from scistream_flows.cli.console import plain, say
 from scistream_flows.cli.ledger import user_directory
 from scistream_flows.errors import (
     AuthUnavailable,
@@ -177,7 +177,7 @@ class Logins:
                 with self._asking_globus():
                     self._app(one).logout(sweep=True)
             except (AuthUnavailable, ConfigError, Unauthenticated, MissingExtra) as wrong:
-                say(f"Globus was not told, so the tokens expire by themselves: {wrong.message}")
+                say(f"Globus was not told, so the tokens expire by themselves: {plain(wrong.message)}")
         for file in (self._pins, self._tokens):
             file.unlink(missing_ok=True)
         return list(pins)
