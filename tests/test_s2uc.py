@@ -486,6 +486,7 @@ def test_a_server_that_is_not_trusted_is_given_up_at_once(
         (("outbound-request", "u", "127.0.0.1:1#short"), "is not a pin"),
         (("outbound-request", "u", ","), "names no listener"),
         (("update", "u", "--peer", "short"), "is not the pin"),
+        (("plot", "u", "--output", "/nowhere/u.png"), "nothing can be written in /nowhere"),
         (("release", "../etc/passwd", "--s2cs", "local:aps"), "uid"),
         (("list", "--s2cs", "somewhere"), "is not the address of a facility"),
         (("list", "--s2cs", "http://aps.example.org"), "plain http"),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -176,6 +177,8 @@ def watch(
 def plot(uid: str, seconds: float, interval_s: float, output: Path, form: Form, **options: Any) -> None:
     """Draw the rate of the stream UID over the next seconds."""
     require_plot()
+    if not os.access(output.parent, os.W_OK | os.X_OK):  # said before the waiting, not after it
+        raise click.UsageError(f"--output: nothing can be written in {output.parent}")
     seen: list[Sample] = []
     with (
         Sight(uid, Session(uid).places(given_place(options))) as sight,
