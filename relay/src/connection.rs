@@ -121,7 +121,8 @@ pub struct Flow {
     path: AtomicU8,
     pipe_bytes: AtomicUsize,
     no_splice: AtomicBool,
-    ended: AtomicBool,
+    /// 0 until then.
+    ended_ns: AtomicU64,
 }
 
 impl Flow {
@@ -192,11 +193,13 @@ impl Flow {
 
     /// The application ended this direction.
     pub fn end(&self) {
-        self.ended.store(true, Ordering::Relaxed);
+        self.ended_ns.store(now_ns(), Ordering::Relaxed);
     }
 
-    fn has_ended(&self) -> bool {
-        self.ended.load(Ordering::Relaxed)
+    /// For how long that has been so; None until then.
+    fn ended_for(&self) -> Option<Duration> {
+        let ended_ns = self.ended_ns.load(Ordering::Relaxed);
+        (ended_ns > 0).then(|| Duration::from_nanos(now_ns().saturating_sub(ended_ns)))
     }
 }
 
@@ -336,9 +339,9 @@ impl Connection {
         self.to_consumer.bytes() + self.to_producer.bytes()
     }
 
-    /// Exactly one direction has ended.
-    pub fn is_half_closed(&self) -> bool {
-        self.to_consumer.has_ended() != self.to_producer.has_ended()
+    /// For how long exactly one direction has ended; None while both or none have.
+    pub fn half_closed_for(&self) -> Option<Duration> {
+        self.to_consumer.ended_for().xor(self.to_producer.ended_for())
     }
 
     /// What an event says of this connection.

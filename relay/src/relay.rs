@@ -799,7 +799,7 @@ impl Relay {
                 stream.extend(account);
             }
             stream["age_s"] = json!(age_s);
-            stream["half_closed"] = json!(connection.is_half_closed());
+            stream["half_closed"] = json!(connection.half_closed_for().is_some());
             stream["bits_per_s"] = json!({"to_consumer": gauge.to_consumer_bits_per_s, "to_producer": gauge.to_producer_bits_per_s});
             stream["legs"] =
                 json!({"lan": gauge::leg(&legs.lan, age_s), "wan": gauge::leg(&legs.wan, age_s)});

@@ -85,7 +85,9 @@ fn look_at(relay: &Relay, connection: &Connection, now: Instant) {
         }
     }
     let silent_for = |limit_s: f64| limit_s > 0.0 && gauge.idle_s(now) >= limit_s;
-    if connection.is_half_closed() && silent_for(relay.config.half_closed_s) {
+    // An end is no silence: whoever was silent before it gets the whole time to answer.
+    let half_closed_s = connection.half_closed_for().map_or(0.0, |past| past.as_secs_f64());
+    if half_closed_s >= relay.config.half_closed_s && silent_for(relay.config.half_closed_s) {
         connection.cut("half-closed");
     } else if silent_for(relay.config.idle_s) {
         connection.cut("idle");

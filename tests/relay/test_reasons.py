@@ -6,7 +6,17 @@ from typing import Any
 
 import pytest
 
-from .apps import Address, Applications, Payload, Tap, receive_exactly, receive_until_broken, reset
+from .apps import (
+    Address,
+    Applications,
+    Payload,
+    Tap,
+    receive,
+    receive_exactly,
+    receive_until_broken,
+    reset,
+    send_and_end,
+)
 from .gateway import Document, Gateway, Pair, eventually, join
 
 RESET = (b"", "ConnectionResetError")
@@ -239,3 +249,19 @@ def test_a_connection_of_which_one_side_has_ended_and_the_other_is_silent_is_cut
     close = pair.prod.wait_close()
     assert (close["connection"], close["reason"]) == (1, "half-closed")
     apps.exchange(*open_still, Payload(1, 1000), Payload(2, 1000))
+
+
+def test_an_end_after_a_long_silence_leaves_the_other_side_its_time_to_answer(
+    gateway: Gateway, apps: Applications
+) -> None:
+    patience_s = 1.5
+    server = apps.listen()
+    pair = gateway.pair("none", [server.getsockname()], prod={"half_closed_s": patience_s})
+    consumer, producer = apps.established(server, pair.cons)
+    time.sleep(1.5 * patience_s)
+    consumer.shutdown(socket.SHUT_WR)
+    assert producer.recv(1) == b""
+    time.sleep(patience_s / 3)  # the relay has looked at it in the meantime
+    send_and_end(producer, payload := Payload(1, 1000))
+    assert receive(consumer) == payload.digest()
+    assert pair.prod.wait_close()["reason"] == "closed"
