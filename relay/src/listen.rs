@@ -20,8 +20,9 @@ use crate::workers::{DESCRIPTORS_OF_A_RUNTIME, Workers};
 const BACKLOG: i32 = 4096;
 /// Connections whose key is not proven yet, in total; one source has a quarter of the places at most.
 const MOST_HALF_OPEN: u64 = 512;
-/// The same from addresses that a peer has named: all connections of a stream come from its few gateways.
-const MOST_HALF_OPEN_NAMED: u64 = 8192;
+/// The same from addresses that a peer has named or has proven its key from: all connections of a stream come from its few
+/// gateways, and many may come at once.
+const MOST_HALF_OPEN_KNOWN: u64 = 8192;
 /// Descriptors for both at least; below, strangers could keep the peers waiting.
 const LEAST_HALF_OPEN: u64 = 64;
 /// Descriptors of a relay that has no listeners, workers or connections, generously.
@@ -213,7 +214,7 @@ fn admit(
     let (relay, listener) = (relay.clone(), listener.clone());
     match relay.config.role {
         Role::Prod => {
-            let Some(ticket) = half_open.enter(source.ip(), relay.names_source(source.ip())) else {
+            let Some(ticket) = half_open.enter(source.ip(), relay.knows_source(source.ip())) else {
                 return relay.refuse(&listener, "half-open", source.ip());
             };
             workers.spawn(stream, move |stream| crate::prod::serve(relay, listener, stream, source, ticket));
@@ -255,7 +256,7 @@ impl Drop for Active {
     }
 }
 
-/// Who has not proven a key yet. Those from a named address are counted apart, so that strangers cannot take their places.
+/// Who has not proven a key yet. Those from a known address are counted apart, so that strangers cannot take their places.
 pub struct HalfOpen(Mutex<[Waiting; 2]>);
 
 struct Waiting {
@@ -269,7 +270,7 @@ struct Waiting {
 pub struct Ticket {
     half_open: Arc<HalfOpen>,
     source: IpAddr,
-    named: bool,
+    known: bool,
 }
 
 impl HalfOpen {
@@ -277,21 +278,21 @@ impl HalfOpen {
     pub fn new((needed, limit): (u64, Option<u64>)) -> HalfOpen {
         let spare = limit.unwrap_or(u64::MAX).saturating_sub(needed - LEAST_HALF_OPEN);
         let strangers = MOST_HALF_OPEN.min(spare / 2);
-        let named = MOST_HALF_OPEN_NAMED.min(spare - strangers);
-        HalfOpen(Mutex::new([Waiting::new(strangers, strangers.div_ceil(4)), Waiting::new(named, named)]))
+        let known = MOST_HALF_OPEN_KNOWN.min(spare - strangers);
+        HalfOpen(Mutex::new([Waiting::new(strangers, strangers.div_ceil(4)), Waiting::new(known, known)]))
     }
 
     /// None when too many are in front of the door, in total or from this source.
-    fn enter(self: &Arc<Self>, source: IpAddr, named: bool) -> Option<Ticket> {
+    fn enter(self: &Arc<Self>, source: IpAddr, known: bool) -> Option<Ticket> {
         let mut groups = lock(&self.0);
-        let waiting = &mut groups[usize::from(named)];
+        let waiting = &mut groups[usize::from(known)];
         let from_source = waiting.by_source.get(&source).copied().unwrap_or(0);
         if waiting.total >= waiting.most || from_source >= waiting.most_from_one_source {
             return None;
         }
         waiting.total += 1;
         waiting.by_source.insert(source, from_source + 1);
-        Some(Ticket { half_open: self.clone(), source, named })
+        Some(Ticket { half_open: self.clone(), source, known })
     }
 }
 
@@ -310,7 +311,7 @@ impl Waiting {
 impl Drop for Ticket {
     fn drop(&mut self) {
         let mut groups = lock(&self.half_open.0);
-        let waiting = &mut groups[usize::from(self.named)];
+        let waiting = &mut groups[usize::from(self.known)];
         waiting.total -= 1;
         if let Some(count) = waiting.by_source.get_mut(&self.source) {
             *count -= 1;

@@ -97,7 +97,11 @@ async fn greet(
         session.handshake(stream).await.map_err(cause)?;
         session.read_exact(stream, &mut message).await.map_err(cause)?;
         // The handshake admits any current peer's key; this one must also come from where its owner said.
-        admitted = session.peer_key().is_some_and(|key| relay.admits_peer(key, source.ip()));
+        let key = session.peer_key().filter(|key| relay.admits_peer(*key, source.ip()));
+        admitted = key.is_some();
+        if let Some(key) = key {
+            relay.proven_from(key, source.ip());
+        }
         Some(session)
     };
     if !message.starts_with(MAGIC) {

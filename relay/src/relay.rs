@@ -124,10 +124,15 @@ pub struct Relay {
 /// Why a connection is turned away before `update` has brought the peers.
 pub const NO_PEERS: &str = "no-peers";
 
+/// A stream comes from its few gateways; a peer with ever new addresses gets no memory for them.
+const MOST_PROVEN_SOURCES: usize = 256;
+
 /// What changes while the relay lives.
 struct Live {
     targets: Vec<SocketAddr>,
     peers: Vec<Peer>,
+    /// The addresses from which a key has been proven; one that must come from elsewhere by now does not count.
+    proven_sources: HashMap<IpAddr, PublicKey>,
     sources: Vec<Network>,
     rate_mbits_per_s: u64,
     lease: Duration,
@@ -192,6 +197,7 @@ impl Relay {
             live: Mutex::new(Live {
                 targets: config.targets.clone(),
                 peers: config.peers.clone(),
+                proven_sources: HashMap::new(),
                 sources: config.sources.clone(),
                 rate_mbits_per_s: config.rate_mbits_per_s,
                 lease,
@@ -265,9 +271,18 @@ impl Relay {
             || (self.config.role == Role::Prod && self.config.mode.proves_keys() && live.peers.iter().any(|peer| peer.source_addresses.is_empty()))
     }
 
-    /// Somebody has named this address, and not only a key that may come from anywhere.
-    pub fn names_source(&self, address: IpAddr) -> bool {
-        self.live().names_source(address)
+    /// Somebody has named this address, or a peer that may come from anywhere has proven its key from there.
+    pub fn knows_source(&self, address: IpAddr) -> bool {
+        let live = self.live();
+        live.names_source(address) || live.proven_sources.contains_key(&address)
+    }
+
+    /// A peer has proven its key from this address.
+    pub fn proven_from(&self, key: PublicKey, address: IpAddr) {
+        let mut live = self.live();
+        if live.proven_sources.len() < MOST_PROVEN_SOURCES {
+            live.proven_sources.insert(address, key);
+        }
     }
 
     /// The proven key belongs to a peer that may come from this address.
@@ -598,6 +613,9 @@ impl Relay {
             }
             *self.admitted.write().unwrap_or_else(|poisoned| poisoned.into_inner()) =
                 peers.iter().map(|peer| peer.public_key).collect();
+            let from_anywhere =
+                |key| peers.iter().any(|peer| peer.public_key == key && peer.source_addresses.is_empty());
+            live.proven_sources.retain(|_, key| from_anywhere(*key));
             live.peers = peers;
         }
         if let Some(sources) = changes.sources {

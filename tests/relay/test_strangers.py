@@ -156,6 +156,27 @@ def test_those_who_wait_are_bounded_in_all_and_from_each_address(
     apps.exchange(consumer, producer, Payload(1, 100_000), Payload(2, 100_000))
 
 
+def test_a_peer_from_anywhere_has_places_of_its_own_once_it_has_proven_its_key(
+    gateway: Gateway, apps: Applications, proven_mode: str
+) -> None:
+    """Its probe has: strangers who fill their places do not keep it out, and many connections at once are no scan."""
+    server = apps.listen()
+    pair = open_pair(gateway, server, proven_mode, handshake_timeout_s=300)
+    for source in ("127.0.0.2", "127.0.0.3", "127.0.0.4", "127.0.0.5"):
+        for _ in range(MOST_FROM_ONE_SOURCE):
+            knock_and_stay(apps, pair.prod, source)
+    for _ in range(MOST_FROM_ONE_SOURCE + 5):
+        knock_and_stay(apps, pair.prod, "127.0.0.1")
+    consumer, producer = apps.established(server, pair.cons)
+    apps.exchange(consumer, producer, Payload(1, 100_000), Payload(2, 100_000))
+    assert pair.prod.status()["connections"]["refused"] == 0
+    # Revoked, it is a stranger as any other.
+    pair.prod.update(peers=[{"public_key": secrets.token_urlsafe(32), "source_addresses": []}])
+    with suppress(ConnectionResetError):
+        knock_and_stay(apps, pair.prod, "127.0.0.1")
+    assert eventually(lambda: causes(pair.prod)) == {"half-open": 1}
+
+
 def test_a_byte_at_a_time_does_not_buy_more_time(gateway: Gateway, apps: Applications, mode: str) -> None:
     server = apps.listen()
     pair = gateway.pair(mode, [server.getsockname()], prod={"handshake_timeout_s": 0.8})
