@@ -67,6 +67,8 @@ async fn call(
             let result = match error.kind() {
                 io::ErrorKind::ConnectionRefused => "refused",
                 io::ErrorKind::TimedOut => "timeout",
+                // PROD has accepted, and turned us away before we looked; as below.
+                io::ErrorKind::ConnectionReset => "not-ready",
                 _ => "no-route",
             };
             failed(result, Some(errno::of(&error)))

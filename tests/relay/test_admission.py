@@ -9,6 +9,7 @@ from .apps import Applications, Payload, nobody_waits
 from .gateway import Gateway, Relay, eventually, join
 
 RESET = (b"", "ConnectionResetError")
+MANY = 60
 
 
 def strangers_key(gateway: Gateway) -> str:
@@ -127,6 +128,17 @@ def test_before_the_peers_are_known_nobody_comes_in_and_nobody_is_counted(
     gateway.introduce(prod, cons)
     eventually(lambda: cons.status()["state"] == "READY")
     assert prod.events("refused") == []
+
+
+def test_a_reset_by_prod_is_no_missing_route_also_where_it_comes_before_connect_has_returned(
+    gateway: Gateway, apps: Applications, mode: str
+) -> None:
+    prod = gateway.start(gateway.config("PROD", mode))
+    cons = gateway.start(gateway.config("CONS", mode, peers=[gateway.peer_of(prod)]))
+    knocks = [apps.task(lambda: apps.knock(cons.address())) for _ in range(MANY)]  # busy, it looks late
+    assert [knock.result() for knock in knocks] == [RESET] * MANY
+    closes = eventually(lambda: cons.events("close")[MANY - 1 :] and cons.events("close"))
+    assert {close["reason"] for close in closes} == {"not-ready"}
 
 
 def test_a_cons_without_peers_turns_its_consumers_away(gateway: Gateway, apps: Applications) -> None:
