@@ -353,6 +353,30 @@ def test_silent_control_clients_keep_nobody_waiting(gateway: Gateway, apps: Appl
     assert relay.stop()["reason"] == "released"
 
 
+def test_a_frozen_relay_at_which_as_many_have_asked_as_may_wait_ends_with_its_release(
+    gateway: Gateway, apps: Applications
+) -> None:
+    """Clients that have given up keep their places until it accepts them: connecting would wait for ever."""
+    pair = gateway.pair("tls", [(server := apps.listen()).getsockname()])
+    consumer, _ = apps.established(server, pair.cons)
+    frozen = pair.cons
+    os.kill(frozen.pid, signal.SIGSTOP)
+    with pytest.raises(BlockingIOError):  # noqa: PT012 - as many as net.core.somaxconn
+        while True:
+            with socket.socket(socket.AF_UNIX) as client:
+                client.settimeout(0)
+                client.connect(str(frozen.socket_path))
+    (row,) = [row for row in gateway.verb("list")["relays"] if row["relay_id"] == frozen.id]
+    assert row["alive"] is True
+    with pytest.raises(RefusedError, match="is alive"):
+        frozen.forget()
+    with pytest.raises(RefusedError) as refusal:
+        frozen.stop()
+    assert refusal.value.code == "relay-lost"
+    assert not is_running(frozen.pid)
+    assert receive_until_broken(consumer) == (b"", "ConnectionResetError")
+
+
 def test_a_relay_keeps_nothing_open_that_its_launcher_had_open(gateway: Gateway) -> None:
     config = gateway.config("PROD", "tls")
     reading, writing = os.pipe()
