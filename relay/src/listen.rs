@@ -214,7 +214,8 @@ fn admit(
     let (relay, listener) = (relay.clone(), listener.clone());
     match relay.config.role {
         Role::Prod => {
-            let Some(ticket) = half_open.enter(source.ip(), relay.knows_source(source.ip())) else {
+            let free = relay.free_connections();
+            let Some(ticket) = half_open.enter(source.ip(), relay.knows_source(source.ip()), free) else {
                 return relay.refuse(&listener, "half-open", source.ip());
             };
             workers.spawn(stream, move |stream| crate::prod::serve(relay, listener, stream, source, ticket));
@@ -260,8 +261,8 @@ impl Drop for Active {
 pub struct HalfOpen(Mutex<[Waiting; 2]>);
 
 struct Waiting {
-    most: u32,
-    most_from_one_source: u32,
+    most: u64,
+    most_from_one_source: u64,
     total: u32,
     by_source: HashMap<IpAddr, u32>,
 }
@@ -274,20 +275,26 @@ pub struct Ticket {
 }
 
 impl HalfOpen {
-    /// No more than descriptors allow when everything else is in use: `needed` and `limit` are of `descriptors`.
+    /// No more than descriptors allow when everything else is in use: `needed` and `limit` are of `descriptors`. Connections that
+    /// are free have descriptors of their own: known ones may wait for them.
     pub fn new((needed, limit): (u64, Option<u64>)) -> HalfOpen {
         let spare = limit.unwrap_or(u64::MAX).saturating_sub(needed - LEAST_HALF_OPEN);
         let strangers = MOST_HALF_OPEN.min(spare / 2);
-        let known = MOST_HALF_OPEN_KNOWN.min(spare - strangers);
+        let known = spare - strangers;
         HalfOpen(Mutex::new([Waiting::new(strangers, strangers.div_ceil(4)), Waiting::new(known, known)]))
     }
 
-    /// None when too many are in front of the door, in total or from this source.
-    fn enter(self: &Arc<Self>, source: IpAddr, known: bool) -> Option<Ticket> {
+    /// None when too many are in front of the door, in total or from this source. `free`: connections that may still be opened.
+    fn enter(self: &Arc<Self>, source: IpAddr, known: bool, free: u64) -> Option<Ticket> {
         let mut groups = lock(&self.0);
         let waiting = &mut groups[usize::from(known)];
         let from_source = waiting.by_source.get(&source).copied().unwrap_or(0);
-        if waiting.total >= waiting.most || from_source >= waiting.most_from_one_source {
+        let full = if known {
+            u64::from(waiting.total) >= waiting.most.saturating_add(free).min(MOST_HALF_OPEN_KNOWN)
+        } else {
+            u64::from(waiting.total) >= waiting.most || u64::from(from_source) >= waiting.most_from_one_source
+        };
+        if full {
             return None;
         }
         waiting.total += 1;
@@ -298,13 +305,7 @@ impl HalfOpen {
 
 impl Waiting {
     fn new(most: u64, most_from_one_source: u64) -> Waiting {
-        let number = |count| u32::try_from(count).unwrap_or(u32::MAX);
-        Waiting {
-            most: number(most),
-            most_from_one_source: number(most_from_one_source),
-            total: 0,
-            by_source: HashMap::new(),
-        }
+        Waiting { most, most_from_one_source, total: 0, by_source: HashMap::new() }
     }
 }
 

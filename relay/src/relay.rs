@@ -427,6 +427,18 @@ impl Relay {
         connection
     }
 
+    /// How many connections its listeners may still carry.
+    pub fn free_connections(&self) -> u64 {
+        let most = u64::from(self.config.max_connections);
+        let addresses = self.config.listen.addresses().len();
+        // The rows of an index stand together, and share what they count.
+        self.listeners
+            .iter()
+            .step_by(addresses)
+            .map(|listener| most.saturating_sub(listener.open.load(Ordering::Relaxed)))
+            .sum()
+    }
+
     /// Both sides are connected: from here on it counts as a data connection.
     pub fn streaming(&self, connection: &Connection) {
         let mut live = self.live();

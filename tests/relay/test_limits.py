@@ -97,6 +97,34 @@ def test_out_of_descriptors_a_relay_rests_recovers_and_hears_its_end(
     assert pair.prod.status()["state"] == "ENDED"
 
 
+def test_where_descriptors_are_few_a_peer_may_still_open_all_its_connections_at_once(
+    limited: Limited, gateway: Gateway, apps: Applications
+) -> None:
+    """As many as may be open may wait; with all of them open, only the few that are left over."""
+    few, size = 60, {"max_connections": 60, "workers": 1, "handshake_timeout_s": 300}
+    scarce = limited(f"ulimit -n {144 + 1 + 70 + 2 * few}")
+    server = apps.listen()
+    prod = scarce.start(scarce.config("PROD", "tls", targets=[join(server.getsockname())], **size))
+    cons = gateway.start(gateway.config("CONS", "tls", peers=[gateway.peer_of(prod)], **size))
+    gateway.introduce(prod, cons)
+    eventually(lambda: cons.status()["state"] == "READY")
+    waiting = [apps.dial(prod.address()) for _ in range(few)]
+    eventually(lambda: prod.status()["resources"]["descriptors"] > few)
+    assert prod.status()["connections"]["refused"] == 0
+    for connection in waiting:
+        connection.close()
+    eventually(lambda: prod.status()["connections"]["refused"] == few)  # they have proven nothing
+    for _ in range(few):
+        apps.established(server, cons)
+    left_over = 32
+    for _ in range(left_over):
+        apps.dial(prod.address())
+    eventually(lambda: prod.status()["resources"]["descriptors"] > 2 * few + left_over)
+    assert prod.status()["connections"]["active"] == few
+    assert apps.knock(prod.address())[1] == "ConnectionResetError"
+    assert prod.status()["connections"]["refused"] == few + 1
+
+
 def cpu_s(relay: Relay) -> float:
     """What the process has used, from outside: it may have no descriptor left to answer with."""
     fields = Path(f"/proc/{relay.pid}/stat").read_text().rpartition(")")[2].split()
