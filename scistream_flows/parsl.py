@@ -19,7 +19,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any, Final
 
 from scistream_flows.errors import BadRequest, MissingExtra, ScistreamError
-from scistream_flows.stream import Stream, StreamOptions, open_stream
+from scistream_flows.stream import Progress, Stream, StreamOptions, open_stream
 
 try:
     from parsl.data_provider.files import File
@@ -75,6 +75,15 @@ def streaming(
             given[tickets] = Future()
         task = app(*args, **kwargs, **given)
 
+        def go_on(progress: Progress) -> None:
+            # who opens a stream asks this at each look: nobody is there any more to wait until it is ready
+            if task.task_record["dfk"].cleanup_called:
+                raise _left()
+            if (tell := chosen.get("on_progress")) is not None:
+                tell(progress)
+
+        opening: StreamOptions = {**chosen, "on_progress": go_on}
+
         def values(stream: Stream) -> list[list[str]]:
             if tickets is None:
                 return [stream.listeners]
@@ -88,7 +97,7 @@ def streaming(
                 task,
                 before,
                 list(given.values()),
-                partial(open_stream, producer, consumer, **chosen),
+                partial(open_stream, producer, consumer, **opening),
                 values,
             ),
             name=f"stream of {getattr(app, '__name__', 'app')}",
@@ -109,7 +118,7 @@ def _accompany(
     try:
         for one in before:
             if not _done(one, task):
-                raise ScistreamError("the workflow ended before the task could begin", which="parsl")
+                raise _left()
             one.result()
         with open_it() as stream:
             for future, value in zip(given, values(stream), strict=True):
@@ -122,6 +131,10 @@ def _accompany(
             future.set_exception(wrong)
         if not waiting:
             log.warning("the stream of a task: %s", wrong)
+
+
+def _left() -> ScistreamError:
+    return ScistreamError("the workflow ended before the task could begin", which="parsl")
 
 
 def _done(future: Future[Any], task: AppFuture) -> bool:

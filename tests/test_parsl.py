@@ -241,6 +241,30 @@ def test_a_stream_that_cannot_be_opened_is_the_failure_of_the_task(
     assert "PolicyDenied" in said["error"]
 
 
+@pytest.mark.timeout(180)
+def test_a_workflow_that_is_left_waits_for_no_stream_that_is_being_opened(
+    tmp_path: Path, free_address: str, relays_below: Callable[..., list[int]], state_base: Path
+) -> None:
+    """Nobody listens at the target: until it is ready would be a minute."""
+    script = tmp_path / "workflow.py"
+    script.write_text(WORKFLOW)
+    left = f"""(
+        streaming(fail, **facilities)(),
+        [__import__("time").sleep(0.1) for _ in range(300) if not os.path.exists({str(state_base / "alcf")!r})],
+        sys.exit(3),
+    )"""
+    done = subprocess.run(
+        [sys.executable, script, tmp_path / "runs", free_address, tmp_path / "killed"],
+        input=left,
+        capture_output=True,
+        text=True,
+        timeout=55,
+        env=os.environ | {"PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"},
+    )
+    assert done.returncode == 3, done.stderr
+    assert relays_below(state_base, patience_s=5) == []
+
+
 def test_a_source_gives_no_name_to_its_streams() -> None:
     with pytest.raises(BadRequest, match="uid is not possible"):
         Source("local:aps", "local:alcf", targets=["127.0.0.1:5000"], uid="mine")
