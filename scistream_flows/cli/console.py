@@ -74,7 +74,6 @@ def run(command: click.Command, *, name: str, asked: Asked) -> NoReturn:
     except (click.Abort, KeyboardInterrupt):
         code = CANCELLED
     except BrokenPipeError:  # such as `| head`
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
         code = 1
     except click.UsageError as wrong:
         path = wrong.ctx.command_path if wrong.ctx else name
@@ -95,7 +94,17 @@ def run(command: click.Command, *, name: str, asked: Asked) -> NoReturn:
             traceback.print_exc()
         words = f"{type(wrong).__name__}: {wrong}".splitlines()[0]
         code = _complain(name, words, "This is a defect: please report what --debug says", 1)
+    _give_up_what_stdout_does_not_take()
     sys.exit(code if isinstance(code, int) else 0)
+
+
+def _give_up_what_stdout_does_not_take() -> None:
+    """Python tries once more at its end, and would exit with 120."""
+    try:
+        if sys.stdout is not None:
+            sys.stdout.flush()
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
 
 
 def interrupted_by_sigterm() -> None:
