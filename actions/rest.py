@@ -8,11 +8,11 @@ from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Annotated, Final, Literal, TypeVar
 
-from fastapi import APIRouter, Path, Query
+from fastapi import APIRouter, Depends, Path, Query
 from pydantic import BaseModel, ConfigDict, Field
 from starlette.requests import HTTPConnection
 
-from scistream_flows.errors import PROTOCOL, Busy, Unauthenticated
+from scistream_flows.errors import PROTOCOL, BadRequest, Busy, Unauthenticated
 from scistream_flows.models import (
     DAY_S,
     UID_PATTERN,
@@ -109,6 +109,9 @@ class Shown(BaseModel):
     all_owners: bool = False
 
 
+_QUERY: Final = ("owner", *Shown.model_fields)
+
+
 class _Asking:
     """Does verbs for whoever calls."""
 
@@ -141,6 +144,21 @@ def _place(places: threading.BoundedSemaphore, facility: str, at_once: int) -> I
         places.release()
 
 
+def _known_query(http: HTTPConnection) -> None:
+    """Refuse what no operation here has, such as a mistyped `owner`: as in bodies, it must not be overlooked.
+
+    Raises:
+        BadRequest: When there is such a field.
+    """
+    for name in http.query_params:
+        if name not in _QUERY:
+            raise BadRequest(
+                f"there is no field {name[:64]!r} in the query",
+                which="query",
+                hint=f"Those there are: {', '.join(_QUERY)}",
+            )
+
+
 def routes(service: S2CS, *, admission: Admission, base_url: str) -> APIRouter:
     """The routes of a facility's streams, which is reached at `base_url` unless its configuration says where."""
     everything = APIRouter()
@@ -171,7 +189,8 @@ def _tickets(service: S2CS, *, admission: Admission) -> APIRouter:
 
 
 def _gateways(service: S2CS, as_caller: _Asking, *, admission: Admission) -> APIRouter:
-    router = APIRouter(tags=["gateways"], responses=ERRORS, dependencies=admission.dependencies())
+    known = [*admission.dependencies(), Depends(_known_query)]
+    router = APIRouter(tags=["gateways"], responses=ERRORS, dependencies=known)
 
     def load(_: ListQuery, *, owner: Sequence[str]) -> GatewayListing:
         return service.load(owner=owner)
@@ -185,7 +204,7 @@ def _gateways(service: S2CS, as_caller: _Asking, *, admission: Admission) -> API
 
 
 def _streams(service: S2CS, as_caller: _Asking, *, admission: Admission, base_url: str) -> APIRouter:
-    known = admission.dependencies()
+    known = [*admission.dependencies(), Depends(_known_query)]
     router = APIRouter(prefix="/streams", tags=["streams"], responses=ERRORS, dependencies=known)
 
     @router.post("", operation_id="request_stream", response_model_exclude_none=True)
