@@ -26,6 +26,8 @@ pub async fn carry(
     wan: TcpStream,
     session: Option<Session>,
 ) {
+    relay.congestion.settle(&lan);
+    relay.congestion.settle(&wan);
     let (lan, wan) = (Arc::new(lan), Arc::new(wan));
     connection.connected(onward, Legs { lan: lan.clone(), wan: wan.clone() });
     relay.streaming(connection);

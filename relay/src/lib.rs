@@ -4,6 +4,7 @@ mod carry;
 mod client;
 pub mod config;
 mod confine;
+mod congestion;
 mod connection;
 mod cons;
 pub mod control;
@@ -40,6 +41,7 @@ use tokio::signal::unix::{SignalKind, signal};
 
 use crate::client::Refusal;
 use crate::config::{Config, Mode, PROTOCOL, RelayId, Role};
+use crate::congestion::Congestion;
 use crate::events::Events;
 use crate::key::Identity;
 use crate::ktls::KernelTls;
@@ -194,7 +196,8 @@ fn run(configuration: &[u8], directory: &Path, detached: bool) -> ExitCode {
         );
         return failed(EXIT_FAILED, "limits", Some("EMFILE"), &message);
     }
-    let bound = match listen::bind(&config.listen) {
+    let congestion = Congestion::of_this_system();
+    let bound = match listen::bind(&config.listen, &congestion) {
         Ok(bound) => bound,
         Err(error) => return failed(EXIT_FAILED, error.code, Some(&error.errno), &error.message),
     };
@@ -252,8 +255,9 @@ fn run(configuration: &[u8], directory: &Path, detached: bool) -> ExitCode {
         if let Some(Ok(null)) = &null {
             let _ = rustix::stdio::dup2_stderr(null);
         }
-        let relay = Relay::new(config, identity, events.clone(), listeners, confinement, kernel_tls)
-            .map_err(|error| (String::new(), format!("TLS: {error}")))?;
+        let relay =
+            Relay::new(config, identity, events.clone(), listeners, confinement, kernel_tls, congestion)
+                .map_err(|error| (String::new(), format!("TLS: {error}")))?;
         let half_open = Arc::new(listen::HalfOpen::new(descriptors));
         Ok(serve(Arc::new(relay), workers, half_open, sockets, control).await)
     });

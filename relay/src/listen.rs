@@ -10,6 +10,7 @@ use socket2::{Domain, Protocol, Socket, Type};
 use tokio::net::{TcpListener, TcpStream};
 
 use crate::config::{Config, Listen, Role};
+use crate::congestion::Congestion;
 use crate::connection::lock;
 use crate::control::MOST_CLIENTS;
 use crate::errno;
@@ -41,11 +42,14 @@ pub struct BindError {
 }
 
 /// Binds one port for each index, on every address, and listens on it. All or nothing: an error closes what was bound.
-pub fn bind(listen: &Listen) -> Result<Vec<(Arc<Listener>, StdListener)>, BindError> {
+pub fn bind(
+    listen: &Listen,
+    congestion: &Congestion,
+) -> Result<Vec<(Arc<Listener>, StdListener)>, BindError> {
     let mut taken = HashSet::new();
     let mut bound = Vec::new();
     for &index in &listen.indices {
-        let sockets = bind_one(listen, index, &mut taken)?;
+        let sockets = bind_one(listen, index, &mut taken, congestion)?;
         let open = Arc::new(AtomicU64::new(0));
         bound.extend(sockets.into_iter().map(|(address, socket)| {
             let listener = Listener {
@@ -66,6 +70,7 @@ fn bind_one(
     listen: &Listen,
     index: u16,
     taken: &mut HashSet<u16>,
+    congestion: &Congestion,
 ) -> Result<Vec<(SocketAddr, StdListener)>, BindError> {
     let kernel_chooses = listen.first_port == 0;
     let count =
@@ -78,7 +83,7 @@ fn bind_one(
         if taken.contains(&port) {
             continue;
         }
-        match open_all(listen.addresses(), port) {
+        match open_all(listen.addresses(), port, congestion) {
             Ok(sockets) => {
                 taken.extend(sockets.iter().map(|(address, _)| address.port()));
                 return Ok(sockets);
@@ -111,11 +116,12 @@ fn bind_one(
 fn open_all(
     addresses: &[IpAddr],
     mut port: u16,
+    congestion: &Congestion,
 ) -> Result<Vec<(SocketAddr, StdListener)>, (SocketAddr, std::io::Error)> {
     let mut sockets = Vec::new();
     for &address in addresses {
         let wanted = SocketAddr::new(address, port);
-        let (address, socket) = open(wanted)
+        let (address, socket) = open(wanted, congestion)
             .and_then(|socket| Ok((socket.local_addr()?, socket)))
             .map_err(|error| (wanted, error))?;
         port = address.port();
@@ -124,7 +130,7 @@ fn open_all(
     Ok(sockets)
 }
 
-fn open(address: SocketAddr) -> std::io::Result<StdListener> {
+fn open(address: SocketAddr, congestion: &Congestion) -> std::io::Result<StdListener> {
     let socket =
         Socket::new(Domain::for_address(address), Type::STREAM.nonblocking().cloexec(), Some(Protocol::TCP))?;
     // Ports of ended streams are in TIME_WAIT; they are ours to use again.
@@ -133,6 +139,7 @@ fn open(address: SocketAddr) -> std::io::Result<StdListener> {
         // Exactly the address that was admitted, and not IPv4 through it.
         socket.set_only_v6(true)?;
     }
+    congestion.begin(&socket);
     socket.bind(&address.into())?;
     socket.listen(BACKLOG)?;
     Ok(socket.into())

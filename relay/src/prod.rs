@@ -158,7 +158,14 @@ async fn serve_data(mut wan: Wan<'_>, listener: Arc<Listener>, source: SocketAdd
 }
 
 async fn onward(relay: &Relay, target: SocketAddr) -> io::Result<TcpStream> {
-    connect(target, relay.config.onward_source, relay.connect_timeout(), relay.user_timeout()).await
+    connect(
+        target,
+        relay.config.onward_source,
+        relay.connect_timeout(),
+        relay.user_timeout(),
+        &relay.congestion,
+    )
+    .await
 }
 
 /// The connection that a probe left, or a new one.

@@ -15,6 +15,7 @@ use tokio::sync::{Notify, watch};
 
 use crate::config::{Changes, Config, Network, PROTOCOL, Peer, Probe, RelayId, Role};
 use crate::confine::Confinement;
+use crate::congestion::Congestion;
 use crate::connection::{Connection, lock};
 use crate::events::Events;
 use crate::gauge;
@@ -102,6 +103,7 @@ pub struct Relay {
     confinement: Confinement,
     /// What the kernel's TLS can do for mode `tls`.
     pub kernel_tls: Result<KernelTls, Unable>,
+    pub congestion: Congestion,
     /// The keys that a handshake admits at this moment.
     pub admitted: Arc<RwLock<Vec<PublicKey>>>,
     /// Wakes the supervisor before its next tick.
@@ -181,6 +183,7 @@ impl Relay {
         listeners: Vec<Arc<Listener>>,
         confinement: Confinement,
         kernel_tls: Result<KernelTls, Unable>,
+        congestion: Congestion,
     ) -> Result<Relay, rustls::Error> {
         let now = Instant::now();
         let lease = Duration::from_secs_f64(config.lease_s.min(config.lifetime_s));
@@ -230,6 +233,7 @@ impl Relay {
             listeners,
             confinement,
             kernel_tls,
+            congestion,
         })
     }
 

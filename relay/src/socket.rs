@@ -9,6 +9,8 @@ use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::net::sockopt;
 use tokio::net::{TcpSocket, TcpStream};
 
+use crate::congestion::Congestion;
+
 /// A side that only receives has nothing unacknowledged, so TCP_USER_TIMEOUT alone would never find its peer gone. It asks
 /// after a third of that time, and again and again; TCP_USER_TIMEOUT ends it then, in place of a number of probes.
 const KEEPALIVES_A_TIMEOUT: u32 = 3;
@@ -72,10 +74,12 @@ pub async fn connect(
     source: Option<IpAddr>,
     timeout: Duration,
     user_timeout: Duration,
+    congestion: &Congestion,
 ) -> io::Result<TcpStream> {
     let socket = if address.is_ipv4() { TcpSocket::new_v4()? } else { TcpSocket::new_v6()? };
     // What cannot be set here can neither where the relay accepts, and is said there.
     let _ = prepare(&socket, user_timeout)?;
+    congestion.begin(&socket);
     if let Some(source) = source {
         socket.bind(SocketAddr::new(source, 0))?;
     }
