@@ -16,6 +16,7 @@ pub mod key;
 mod ktls;
 mod launch;
 mod listen;
+mod pace;
 mod pipe;
 pub mod preamble;
 mod prod;

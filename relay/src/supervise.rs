@@ -5,6 +5,7 @@ use std::time::{Duration, Instant};
 
 use crate::carry::{LAN_SILENT, WAN_SILENT};
 use crate::connection::{Connection, Leg, lock};
+use crate::pace::Pacer;
 use crate::relay::{End, Relay};
 
 /// How often connections are looked at while there are any.
@@ -29,7 +30,7 @@ pub async fn supervise(relay: &Arc<Relay>) -> End {
     let mut sampled: Option<Instant> = None;
     let mut refusals_said = Instant::now();
     let mut summaries = 0;
-    let mut paced = false;
+    let mut pacer: Option<Pacer> = None;
     loop {
         let now = Instant::now();
         let rate = relay.rate_mbits_per_s();
@@ -46,9 +47,9 @@ pub async fn supervise(relay: &Arc<Relay>) -> End {
             for connection in &connections {
                 look_at(relay, connection, now);
             }
-            if rate > 0 || paced {
-                pace(&connections, rate);
-                paced = rate > 0;
+            if rate > 0 || pacer.is_some() {
+                pacer.get_or_insert_with(|| Pacer::new(now)).pace(now, &connections, rate);
+                pacer = pacer.filter(|_| rate > 0);
             }
         }
         if now - refusals_said >= if summaries < MANY_SUMMARIES { REFUSALS } else { REFUSALS_LATER } {
@@ -91,21 +92,5 @@ fn look_at(relay: &Relay, connection: &Connection, now: Instant) {
         connection.cut("half-closed");
     } else if silent_for(relay.config.idle_s) {
         connection.cut("idle");
-    }
-}
-
-/// Divides the rate among the connections that move bytes; one that begins to gets the same share until the next division.
-/// The kernel does the pacing, on the socket that sends into the WAN.
-fn pace(connections: &[Arc<Connection>], rate_mbits_per_s: u64) {
-    let moving = |connection: &&Arc<Connection>| {
-        let gauge = lock(&connection.gauge);
-        gauge.to_consumer_bits_per_s + gauge.to_producer_bits_per_s > 0.0
-    };
-    let shares = connections.iter().filter(moving).count().max(1) as u64;
-    let bytes_per_s =
-        if rate_mbits_per_s == 0 { u64::MAX } else { rate_mbits_per_s.saturating_mul(125_000) / shares };
-    for legs in connections.iter().filter_map(|connection| connection.legs()) {
-        // A socket that has just been closed has no rate.
-        let _ = s2ds_sys::set_max_pacing_rate(&*legs.wan, bytes_per_s);
     }
 }

@@ -167,6 +167,41 @@ def test_a_new_connection_keeps_to_the_rate_from_its_first_byte(
         pair.wait_idle()
 
 
+def test_connections_that_say_a_little_all_the_time_leave_the_rate_to_the_one_that_needs_it(
+    gateway: Gateway, apps: Applications
+) -> None:
+    """What a rate is divided by is what each sends, not how many are alive."""
+    server = apps.listen()
+    rate = {"rate_mbits_per_s": 400}
+    pair = gateway.pair("none", [server.getsockname()], prod=rate, cons=rate)
+    consumer, producer = apps.established(server, pair.cons)
+    talkers = [apps.established(server, pair.cons) for _ in range(3)]
+    enough = threading.Event()
+
+    def talk() -> None:
+        while not enough.wait(0.02):
+            for one, other in talkers:
+                other.sendall(b"here")
+                assert receive_exactly(one, 4) == b"here"
+
+    flood = Flood(apps, producer, consumer, slow="nobody")
+    talking = apps.task(talk)
+    try:
+        # the first division is long past by then
+        eventually(lambda: pair.prod.status()["bytes"]["to_consumer"] >= 20_000_000)
+        eventually(lambda: max(shares(pair.prod)) >= 0.9 * 400e6)
+        assert len(shares(pair.prod)) == 4
+    finally:
+        enough.set()
+        flood.stop()
+        talking.result()
+
+
+def shares(relay: Relay) -> list[float]:
+    """What each connection may send into the WAN, in bits per second."""
+    return [stream["legs"]["wan"]["pacing_bits_per_s"] for stream in relay.status()["streams"]]
+
+
 def paced(relay: Relay) -> bool:
     """The kernel has been told: it sends no faster into the WAN than 80 Mbit/s."""
     pacing = relay.status()["streams"][0]["legs"]["wan"]["pacing_bits_per_s"]

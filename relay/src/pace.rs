@@ -1,0 +1,179 @@
+//! A stream's rate, divided among its connections by what they need. The kernel does the pacing, on the socket that sends
+//! into the WAN; this says how fast each may be until the next division.
+
+use std::collections::HashMap;
+use std::sync::Arc;
+use std::time::Instant;
+
+use s2ds_sys::{set_max_pacing_rate, tcp_info};
+
+use crate::connection::{Connection, lock};
+
+/// A connection that has used so much of its share, and has more to send, gets more.
+const USED: f64 = 0.75;
+/// What a socket may be behind its share because it sends whole segments: two of the longest that the kernel makes.
+const LUMP_BYTES: f64 = 131_072.0;
+/// Room for one that has not used its share up: it may grow before the next division.
+const ROOM: f64 = 1.25;
+/// A reader that has taken nothing for so long needs nothing, whatever waits for it.
+const STUCK_S: f64 = 1.0;
+/// What was sent beyond the rate is saved again within this time, so that a second as a whole keeps to it.
+const SAVED_WITHIN_S: f64 = 0.3;
+/// So much of what was not sent counts for later, because acknowledgements come in lumps, too.
+const SPARED_S: f64 = 0.02;
+
+/// What a connection did since the last division.
+#[derive(Clone, Copy, Debug)]
+struct Use {
+    /// What it was allowed; 0 if it is new.
+    share_bytes_per_s: f64,
+    moved_bytes: f64,
+    /// There is more to send than the socket has sent, and its reader takes it.
+    waits: bool,
+    /// One lump of this many bytes must not hold a socket for longer than until the next division.
+    least_lump_bytes: f64,
+}
+
+/// Keeps the shares of one relay's connections.
+pub struct Pacer {
+    shares: HashMap<u64, Share>,
+    divided: Instant,
+    /// Sent beyond the rate and not yet saved; below 0, a little that was not sent and may be.
+    debt_bytes: f64,
+}
+
+struct Share {
+    bytes_per_s: f64,
+    acked_bytes: u64,
+}
+
+impl Pacer {
+    pub fn new(now: Instant) -> Pacer {
+        Pacer { shares: HashMap::new(), divided: now, debt_bytes: 0.0 }
+    }
+
+    /// Sets what each connection may send from now on; 0 is no limit. To be called at least every 100 ms while there is one,
+    /// and once when it has been lifted.
+    pub fn pace(&mut self, now: Instant, connections: &[Arc<Connection>], rate_mbits_per_s: u64) {
+        let elapsed_s = (now - self.divided).as_secs_f64();
+        self.divided = now;
+        let before = std::mem::take(&mut self.shares);
+        let mut uses = Vec::with_capacity(connections.len());
+        let mut wan_legs = Vec::with_capacity(connections.len());
+        for connection in connections {
+            let Some(legs) = connection.legs() else { continue };
+            // A socket that has just been closed has neither.
+            let Ok(info) = tcp_info(&*legs.wan) else { continue };
+            if rate_mbits_per_s == 0 {
+                let _ = set_max_pacing_rate(&*legs.wan, u64::MAX);
+                continue;
+            }
+            let share = before.get(&connection.id);
+            uses.push(Use {
+                share_bytes_per_s: share.map_or(0.0, |share| share.bytes_per_s),
+                moved_bytes: info.acked_bytes.saturating_sub(share.map_or(0, |share| share.acked_bytes))
+                    as f64,
+                waits: info.notsent_bytes > 0 && lock(&connection.gauge).idle_s(now) < STUCK_S,
+                least_lump_bytes: f64::from(info.mss_bytes) * 2.0,
+            });
+            wan_legs.push((connection.id, legs.wan, info.acked_bytes));
+        }
+        if rate_mbits_per_s == 0 || elapsed_s <= 0.0 {
+            return;
+        }
+        let rate = rate_mbits_per_s as f64 * 125_000.0;
+        let moved: f64 = uses.iter().map(|one| one.moved_bytes).sum();
+        let least = -LUMP_BYTES - rate * SPARED_S;
+        self.debt_bytes = (self.debt_bytes + moved - rate * elapsed_s).clamp(least, rate * SAVED_WITHIN_S);
+        let to_divide = (rate - self.debt_bytes.max(0.0) / SAVED_WITHIN_S).max(rate / 2.0);
+        for ((id, wan, acked_bytes), bytes_per_s) in
+            wan_legs.into_iter().zip(divide(to_divide, elapsed_s, &uses))
+        {
+            let _ = set_max_pacing_rate(&*wan, bytes_per_s as u64);
+            self.shares.insert(id, Share { bytes_per_s, acked_bytes });
+        }
+    }
+}
+
+/// Shares in bytes per second. Those that want more than they had divide what the others leave, evenly. Each of the others
+/// has what it has just used and some room, at least an even part of everything to begin with: should it begin, the next
+/// division counts it.
+fn divide(rate: f64, elapsed_s: f64, uses: &[Use]) -> Vec<f64> {
+    let even = rate / uses.len() as f64;
+    let wants_more = |one: &Use| {
+        let had = if one.share_bytes_per_s > 0.0 { one.share_bytes_per_s } else { even };
+        one.waits && one.moved_bytes + LUMP_BYTES >= USED * had * elapsed_s
+    };
+    let needs = |one: &Use| one.moved_bytes / elapsed_s * ROOM;
+    let mut modest: Vec<f64> = uses.iter().filter(|one| !wants_more(one)).map(needs).collect();
+    modest.sort_by(f64::total_cmp);
+    let (mut left, mut sharers) = (rate, uses.len());
+    for need in modest {
+        left -= need.min(left / sharers as f64);
+        sharers -= 1;
+    }
+    uses.iter()
+        .map(|one| {
+            let least = one.least_lump_bytes / elapsed_s;
+            // One that goes on is early or late by a lump; one that begins would be held by its first.
+            let share = if wants_more(one) { left / sharers as f64 } else { needs(one).max(even).max(least) };
+            share.min(rate)
+        })
+        .collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const RATE: f64 = 125e6;
+    const TICK_S: f64 = 0.1;
+
+    fn used(share: f64, part: f64, waits: bool) -> Use {
+        let moved_bytes = share * part * TICK_S;
+        Use { share_bytes_per_s: share, moved_bytes, waits, least_lump_bytes: 3000.0 }
+    }
+
+    #[test]
+    fn one_that_wants_more_gets_what_idle_ones_leave() {
+        let mut uses = vec![used(RATE / 8.0, 0.0, false); 7];
+        uses.push(used(RATE / 8.0, 1.0, true));
+        let shares = divide(RATE, TICK_S, &uses);
+        assert_eq!(shares[7], RATE);
+        assert!(shares[..7].iter().all(|share| *share == RATE / 8.0));
+    }
+
+    #[test]
+    fn ones_that_say_a_little_all_the_time_take_no_more_than_that() {
+        let mut uses = vec![used(RATE / 8.0, 0.01, false); 7];
+        uses.push(used(RATE / 8.0, 1.0, true));
+        assert!(divide(RATE, TICK_S, &uses)[7] > 0.98 * RATE);
+    }
+
+    #[test]
+    fn those_that_want_more_share_evenly_and_keep_to_the_rate() {
+        let new = Use { share_bytes_per_s: 0.0, ..used(RATE / 3.0, 1.0, true) };
+        let uses = [used(RATE, 0.9, true), used(RATE / 4.0, 0.8, true), new];
+        assert_eq!(divide(RATE, TICK_S, &uses), [RATE / 3.0; 3]);
+    }
+
+    #[test]
+    fn one_whose_network_takes_less_leaves_the_rest() {
+        let uses = [used(RATE / 2.0, 0.2, true), used(RATE / 2.0, 1.0, true)];
+        let shares = divide(RATE, TICK_S, &uses);
+        assert!(shares[1] > 0.85 * RATE && shares[1] < RATE);
+    }
+
+    #[test]
+    fn the_only_one_has_the_whole_rate_whatever_it_does() {
+        for (part, waits) in [(0.0, false), (0.5, false), (1.0, true)] {
+            assert_eq!(divide(RATE, TICK_S, &[used(RATE, part, waits)]), [RATE]);
+        }
+    }
+
+    #[test]
+    fn one_that_is_to_begin_is_not_held_by_its_first_lump_past_the_next_division() {
+        let uses = vec![used(1000.0, 0.0, false); 100];
+        assert!(divide(100_000.0, TICK_S, &uses).iter().all(|share| share * TICK_S >= 3000.0));
+    }
+}
