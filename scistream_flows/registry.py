@@ -99,6 +99,12 @@ CREATE INDEX tickets_of_stream ON tickets (stream);
 """,
     4: "CREATE TABLE callers (name TEXT PRIMARY KEY, busy_until_s REAL NOT NULL)",
 }
+# What ended within the last day is many times what is open, and no verb may look through it. They are no part of the
+# layout: a process of a version that does not know them keeps them up all the same.
+_INDEXES = (
+    "CREATE INDEX IF NOT EXISTS streams_by_phase ON streams (phase, ended_at)",
+    "CREATE INDEX IF NOT EXISTS streams_by_name ON streams (uid, role)",
+)
 
 Phase = Literal["opening", "open", "ended"]
 
@@ -157,10 +163,25 @@ class StreamRow:
     @property
     def outlived(self) -> bool:
         """Whether its relays have ended by themselves, even where nobody can ask them: its lifetime is over."""
-        return (
-            self.claimed_at is not None
-            and time.time() > self.claimed_at + self.request.lifetime_s + OUTLIVED_S
-        )
+        return _outlived(self.claimed_at, self.request.lifetime_s)
+
+
+class LivingRelay(NamedTuple):
+    """What the comparison with what runs has to know of a relay whose stream has not ended.
+
+    Attributes:
+        gateway: The name of its gateway.
+        stream: The number of its stream.
+        key: What names that.
+        phase: How far it is.
+        outlived: As of its stream.
+    """
+
+    gateway: str
+    stream: int
+    key: Key
+    phase: Phase
+    outlived: bool
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -296,21 +317,33 @@ class Registry:
     def mentions(self, text: str, *, uid: str | None = None) -> bool:
         """Whether the request of any stream, or of any of this name, has this text in it."""
         with self._transaction() as db:
-            found = db.execute(
-                "SELECT 1 FROM streams WHERE instr(request, ?) AND uid = coalesce(?, uid) LIMIT 1",
-                (text, uid),
-            )
+            if uid is None:
+                found = db.execute("SELECT 1 FROM streams WHERE instr(request, ?) LIMIT 1", (text,))
+            else:
+                found = db.execute(
+                    "SELECT 1 FROM streams WHERE uid = ? AND instr(request, ?) LIMIT 1", (uid, text)
+                )
             return found.fetchone() is not None
 
-    def relays(self) -> dict[str, tuple[Key, Phase]]:
-        """Each relay_id that is written down, with its stream."""
+    def relays(self) -> dict[str, LivingRelay]:
+        """Each relay_id that is written down for a stream that has not ended."""
         with self._transaction() as db:
+            # every second: without the documents
             rows = db.execute(
-                "SELECT relay_id, owner, uid, role, phase FROM relays JOIN streams ON streams.id = relays.stream"
+                "SELECT relay_id, gateway, streams.id AS stream, owner, uid, role, phase, claimed_at,"
+                " json_extract(request, '$.lifetime_s') AS lifetime_s"
+                " FROM streams CROSS JOIN relays ON relays.stream = streams.id WHERE phase IN ('opening', 'open')"
             ).fetchall()
-            return {
-                row["relay_id"]: (Key(row["owner"], row["uid"], row["role"]), row["phase"]) for row in rows
-            }
+        return {
+            row["relay_id"]: LivingRelay(
+                gateway=row["gateway"],
+                stream=row["stream"],
+                key=Key(row["owner"], row["uid"], row["role"]),
+                phase=row["phase"],
+                outlived=_outlived(row["claimed_at"], row["lifetime_s"]),
+            )
+            for row in rows
+        }
 
     def claim(
         self, key: Key, request: Request, place: Placement, *, identities: Sequence[str] = ()
@@ -639,6 +672,8 @@ class Registry:
                     which=str(self._database),
                     hint="Use the version that wrote it, or release its streams and move the file away",
                 )
+            for index in _INDEXES:
+                db.execute(index)
             db.execute("COMMIT")
         except BaseException:
             db.close()
@@ -705,19 +740,22 @@ def _indices(relay: sqlite3.Row) -> tuple[int, ...]:
 
 def _usage(db: sqlite3.Connection, owners: Collection[str]) -> Usage:
     named = json.dumps([*owners])
+    # CROSS JOIN: in this order; SQLite would rather begin with all relays there were
     streams = db.execute(
-        "SELECT count(*) FROM streams WHERE owner IN (SELECT value FROM json_each(?)) AND phase != 'ended'",
+        "SELECT count(*) FROM streams WHERE phase IN ('opening', 'open')"
+        " AND owner IN (SELECT value FROM json_each(?))",
         (named,),
     ).fetchone()[0]
     reserved = db.execute(
-        "SELECT total(reserved_mbits_per_s) FROM relays JOIN streams ON streams.id = relays.stream"
-        " WHERE owner IN (SELECT value FROM json_each(?)) AND phase != 'ended'",
+        "SELECT total(reserved_mbits_per_s) FROM streams CROSS JOIN relays ON relays.stream = streams.id"
+        " WHERE phase IN ('opening', 'open') AND owner IN (SELECT value FROM json_each(?))",
         (named,),
     ).fetchone()[0]
     rows = db.execute(
         "SELECT gateway, count(*) AS streams, sum(listeners) AS listeners, sum(connections) AS connections,"
         " sum(reserved_mbits_per_s) AS reserved"
-        " FROM relays JOIN streams ON streams.id = relays.stream WHERE phase != 'ended' GROUP BY gateway"
+        " FROM streams CROSS JOIN relays ON relays.stream = streams.id"
+        " WHERE phase IN ('opening', 'open') GROUP BY gateway"
     ).fetchall()
     return Usage(
         streams_of_owner=streams,
@@ -732,6 +770,10 @@ def _usage(db: sqlite3.Connection, owners: Collection[str]) -> Usage:
 
 def _kept(end: RelayStatus) -> dict[str, Any]:
     return {"protocol": end.protocol, "relay_id": end.relay_id, "role": end.role, "state": end.state}
+
+
+def _outlived(claimed_at: float | None, lifetime_s: float) -> bool:
+    return claimed_at is not None and time.time() > claimed_at + lifetime_s + OUTLIVED_S
 
 
 def _hashed(secret: str) -> bytes:

@@ -167,13 +167,19 @@ class S2CS:
         caller = _caller(owner)
         key = Key(caller[0], request.uid, request.role)
         began = time.monotonic()
-        self._sweep()
+        swept = self._sweep(at_most_every_s=SWEEP_INTERVAL_S)
         with self._registry.lock(key, timeout_s=LOCK_TIMEOUT_S), self._denials_audited(key, caller):
             existing = self._registry.find(key)
             if existing is not None and existing.phase != "ended":
                 offer = self._again(existing, request)
                 if offer is not None:
                     return offer
+            try:
+                return self._open(key, request, caller, began)
+            except (PolicyDenied, CapacityExhausted, PortsExhausted):
+                if swept or not self._sweep():
+                    raise
+            # what has ended since the last comparison is free now
             return self._open(key, request, caller, began)
 
     def hello(
@@ -1082,10 +1088,13 @@ class S2CS:
 
     # --- keeping the registry in line
 
-    def _sweep(self, *, at_most_every_s: float = 0) -> None:
-        """Compare what runs with what is written down: end what is gone, stop what nobody asked for."""
+    def _sweep(self, *, at_most_every_s: float = 0) -> bool:
+        """Compare what runs with what is written down: end what is gone, stop what nobody asked for.
+
+        Answers whether it was done: not again within `at_most_every_s`, nor while another thread is at it.
+        """
         if time.monotonic() - self._swept_at < at_most_every_s or not self._sweeping.acquire(blocking=False):
-            return
+            return False
         try:
             self._swept_at = time.monotonic()
             # First what runs, then what is written: each relay was written down before it started, so one that runs
@@ -1094,25 +1103,26 @@ class S2CS:
             written = self._registry.relays()
             for name, relays in running.items():
                 for relay_id, alive in (relays or {}).items():
-                    if relay_id not in written or written[relay_id][1] == "ended":
+                    if relay_id not in written:
                         self._clear_away(name, relay_id, alive=alive)
-            for stream in self._registry.streams("opening", "open"):
-                lists = [(running.get(row.gateway), row.relay_id) for row in stream.relays]
-                gone = any(ids is not None and not ids.get(one) for ids, one in lists)
-                if stream.phase == "opening" or stream.outlived or gone:
-                    self._settle_if_free(stream)
+            for relay_id, row in written.items():
+                there = running.get(row.gateway)
+                gone = there is not None and not there.get(relay_id)
+                if row.phase == "opening" or row.outlived or gone:
+                    self._settle_if_free(row.key, row.stream)
         finally:
             self._sweeping.release()
+        return True
 
-    def _settle_if_free(self, stream: StreamRow) -> None:
-        with self._registry.lock_if_free(stream.key) as held:
-            now = self._registry.find(stream.key) if held else None
-            if now is None or now.id != stream.id:
+    def _settle_if_free(self, key: Key, number: int) -> None:
+        with self._registry.lock_if_free(key) as held:
+            now = self._registry.find(key) if held else None
+            if now is None or now.id != number:
                 return
             try:
                 self._settled(now)
             except (RelayError, ProtocolMismatch) as wrong:
-                log.warning("stream %s (%s) left as it is: %s", stream.key.uid, stream.key.role, wrong)
+                log.warning("stream %s (%s) left as it is: %s", key.uid, key.role, wrong)
 
     def _running_everywhere(self) -> Mapping[str, dict[str, bool] | None]:
         names = list(self._gateways)  # one that does not answer keeps the others waiting once

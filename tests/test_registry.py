@@ -99,6 +99,7 @@ def test_streams_of_one_name_belong_to_their_owners(registry: Registry) -> None:
 def test_a_new_claim_takes_the_place_of_an_ended_stream(registry: Registry) -> None:
     stream = registry.claim(KEY, request(), lambda _: [row()])
     registry.ended(stream, [])
+    assert registry.relays() == {}
     registry.claim(KEY, request(), lambda _: [row("2" * 32)])
     assert set(registry.relays()) == {"2" * 32}
 
@@ -107,6 +108,41 @@ def test_a_claim_that_is_taken_back_leaves_nothing(registry: Registry) -> None:
     registry.discard(registry.claim(KEY, request(), lambda _: [row()]))
     assert registry.find(KEY) is None
     assert registry.relays() == {}
+
+
+def test_nothing_looks_through_all_that_has_ended(registry: Registry) -> None:
+    """Thousands of ends are kept for a day: what the verbs ask of SQLite goes by an index."""
+    asked: list[str] = []
+    stream = registry.claim(KEY, request(), lambda _: [row()])
+    registry._open().set_trace_callback(asked.append)
+    registry.ended(stream, [])
+    stream = registry.claim(KEY, request(), lambda _: [row("2" * 32)])
+    registry.opened(stream, offer())
+    registry.find(KEY)
+    registry.named("s", "PROD")
+    registry.streams("opening", "open")
+    registry.relays()
+    registry.usage("urn:a")
+    registry.mentions("urn:globus:groups:id:", uid="s")
+    registry.discard(stream)
+    registry._open().set_trace_callback(None)
+    questions = [one for one in asked if one.startswith(("SELECT", "UPDATE", "DELETE", "INSERT"))]
+    assert len(questions) > 15
+    for question in questions:
+        with registry._transaction() as db:
+            plan = [step["detail"] for step in db.execute(f"EXPLAIN QUERY PLAN {question}")]
+        assert not [step for step in plan if step.startswith(("SCAN streams", "SCAN relays"))], question
+
+
+def test_a_registry_that_had_no_indexes_gets_them(registry: Registry) -> None:
+    names = "SELECT name FROM sqlite_master WHERE type = 'index' AND name LIKE 'streams_by_%' ORDER BY name"
+    with registry._transaction() as db:
+        db.execute("DROP INDEX streams_by_phase")
+        db.execute("DROP INDEX streams_by_name")
+    registry.close()
+    registry.find(KEY)
+    with registry._transaction() as db:
+        assert [one["name"] for one in db.execute(names)] == ["streams_by_name", "streams_by_phase"]
 
 
 def test_usage_counts_what_is_open_or_opening(registry: Registry) -> None:

@@ -259,6 +259,39 @@ def test_capacity_is_reserved_until_the_release(tmp_path: Path) -> None:
         service.release(of("two"))
 
 
+@pytest.mark.parametrize(
+    "limit", [{"SCISTREAM_POLICY_MAX_STREAMS_PER_OWNER": "1"}, {"SCISTREAM_PORT_RANGE": "PORT"}]
+)
+def test_what_a_relay_that_has_just_ended_had_booked_is_free_for_the_next_request(
+    facility: Facility, state_base: Path, relays_below: Relays, limit: dict[str, str]
+) -> None:
+    """Also within the second in which what runs is not compared again with what is written."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = str(server.getsockname()[1])
+    service = facility("aps", **{name: value.replace("PORT", port) for name, value in limit.items()})
+    service.request(prod("one"))
+    (pid,) = relays_below(state_base)
+    service.status(of("one"))
+    os.kill(pid, signal.SIGKILL)
+    assert relays_below(state_base, patience_s=5) == []
+    service.request(prod("two"))
+    assert service.status(of("one")).reason == "relay_lost"
+    service.release(of("two"))
+
+
+def test_requests_one_after_the_other_do_not_each_look_at_every_relay(facility: Facility) -> None:
+    service, verbs = facility(), list[str]()
+    with S2CS(service.config, gateways={"local": Watched(service, verbs.append)}) as watched:
+        began = time.monotonic()
+        for number in range(10):
+            watched.request(prod(f"s{number}"))
+        looks, seconds = verbs.count("list"), time.monotonic() - began
+        for number in range(10):
+            watched.release(of(f"s{number}"))
+    assert verbs.count("start") == 10
+    assert 1 <= looks <= 1 + seconds
+
+
 def test_an_owner_reaches_the_limit_but_not_others(facility: Facility) -> None:
     service = facility("aps", SCISTREAM_POLICY_MAX_STREAMS_PER_OWNER="1")
     service.request(prod("one"), owner=ALICE)
