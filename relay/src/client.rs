@@ -181,12 +181,17 @@ pub fn forget(dir: &RuntimeDir, relay_id: &RelayId) -> Result<Value, Refusal> {
     Ok(json!({"protocol": PROTOCOL, "relay_id": relay_id, "forgotten": true}))
 }
 
-/// Every relay that has left a trace here.
+/// Every relay that has left a trace here. Asked every second, also of a thousand of them: none of those that hold their logs
+/// is spoken to.
 pub fn list(dir: &RuntimeDir) -> Result<Value, Refusal> {
     let relays = dir.relays().map_err(|error| Refusal::new("io", format!("runtime directory: {error}")))?;
     let rows: Vec<Value> = relays
         .iter()
         .map(|relay_id| {
+            if let Some(pid) = dir.holder(relay_id) {
+                let pid = Some(pid).filter(|pid| *pid > 0);
+                return json!({"relay_id": relay_id, "alive": true, "pid": pid});
+            }
             let stream = connect(dir, relay_id, LOOK_TIMEOUT);
             let alive = is_alive(&stream);
             let peer = stream.ok().and_then(|stream| rustix::net::sockopt::socket_peercred(&stream).ok());

@@ -182,6 +182,9 @@ fn run(configuration: &[u8], directory: &Path, detached: bool) -> ExitCode {
         Ok(dir) => dir,
         Err(message) => return failed(EXIT_FAILED, "io", None, &message),
     };
+    if detached {
+        runtime_dir::hold_log();
+    }
     raise_descriptor_limit();
     let workers = match config.workers {
         0 => std::thread::available_parallelism().map_or(1, |cores| (cores.get() / 2).clamp(1, MOST_WORKERS)),

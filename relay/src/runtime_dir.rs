@@ -5,6 +5,9 @@ use std::io;
 use std::os::unix::fs::{DirBuilderExt, MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 
+use rustix::fs::{FlockOperation, NFS_SUPER_MAGIC, fcntl_lock, fstatfs};
+use rustix::process::{Flock, FlockType, fcntl_getlk};
+
 use crate::config::RelayId;
 
 /// The process works inside the directory from `enter` on, so that names in it are short: a Unix socket's path ends at 107 bytes.
@@ -68,6 +71,14 @@ impl RuntimeDir {
         OpenOptions::new().append(true).create_new(true).mode(0o600).open(self.log(relay_id))
     }
 
+    /// The process that holds the log of a relay, if one does: asked of the kernel, it wakes nobody. 0: one that cannot be
+    /// seen from here.
+    pub fn holder(&self, relay_id: &RelayId) -> Option<i32> {
+        let log = File::open(self.log(relay_id)).ok().filter(keeps_locks)?;
+        let lock = fcntl_getlk(&log, &Flock::from(FlockType::WriteLock)).ok()??;
+        Some(rustix::process::Pid::as_raw(lock.pid))
+    }
+
     /// Every relay that has left a socket or a log here, in order.
     pub fn relays(&self) -> io::Result<Vec<RelayId>> {
         let mut names = std::collections::BTreeSet::new();
@@ -79,4 +90,17 @@ impl RuntimeDir {
         }
         Ok(names.iter().filter_map(|name| name.parse().ok()).collect())
     }
+}
+
+/// Holds the log that is our stdout for as long as this process lives. Where that cannot be, who asks for us connects.
+pub fn hold_log() {
+    let log = rustix::stdio::stdout();
+    if keeps_locks(&log) {
+        let _ = fcntl_lock(log, FlockOperation::NonBlockingLockExclusive);
+    }
+}
+
+/// Not on NFS, where each lock is a question to a server that may not answer.
+fn keeps_locks(file: &impl std::os::fd::AsFd) -> bool {
+    fstatfs(file).is_ok_and(|system| system.f_type != NFS_SUPER_MAGIC)
 }

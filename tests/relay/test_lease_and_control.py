@@ -367,7 +367,7 @@ def test_a_frozen_relay_at_which_as_many_have_asked_as_may_wait_ends_with_its_re
                 client.settimeout(0)
                 client.connect(str(frozen.socket_path))
     (row,) = [row for row in gateway.verb("list")["relays"] if row["relay_id"] == frozen.id]
-    assert row["alive"] is True
+    assert (row["alive"], row["pid"]) == (True, frozen.pid)
     with pytest.raises(RefusedError, match="is alive"):
         frozen.forget()
     with pytest.raises(RefusedError) as refusal:
@@ -375,6 +375,25 @@ def test_a_frozen_relay_at_which_as_many_have_asked_as_may_wait_ends_with_its_re
     assert refusal.value.code == "relay-lost"
     assert not is_running(frozen.pid)
     assert receive_until_broken(consumer) == (b"", "ConnectionResetError")
+
+
+def test_listing_relays_wakes_none_that_start_has_left_behind(gateway: Gateway) -> None:
+    """With a thousand of them, asking each whether it is there would keep the node busy."""
+    relays = [gateway.start(gateway.config("PROD", "tls")) for _ in range(3)]
+    for relay in relays:
+        os.kill(relay.pid, signal.SIGSTOP)
+    listed = {row["relay_id"]: row for row in gateway.verb("list")["relays"]}
+    sockets = Path("/proc/net/unix").read_text()
+    for relay in relays:
+        assert listed[relay.id] == {"relay_id": relay.id, "alive": True, "pid": relay.pid}
+        assert sockets.count(relay.id) == 1, "a connection waits to be accepted"
+        os.kill(relay.pid, signal.SIGCONT)
+        assert relay.status()["pid"] == relay.pid
+
+
+def test_a_relay_in_the_foreground_which_has_no_log_is_listed_too(gateway: Gateway) -> None:
+    relay = gateway.run(gateway.config("PROD", "tls"))
+    assert gateway.verb("list")["relays"] == [{"relay_id": relay.id, "alive": True, "pid": relay.pid}]
 
 
 def test_a_relay_keeps_nothing_open_that_its_launcher_had_open(gateway: Gateway) -> None:
