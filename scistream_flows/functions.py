@@ -15,6 +15,7 @@ import json
 import logging
 import platform
 import threading
+import time
 from collections.abc import Mapping
 from typing import Any, Final, NamedTuple
 
@@ -25,6 +26,11 @@ from scistream_flows.errors import PROTOCOL, BadRequest, ScistreamError
 from scistream_flows.s2cs import S2CS, VERBS
 
 log = logging.getLogger(__name__)
+
+READY_S: Final = 1.0
+"""So long `update` waits for READY here, seconds: asking again from afar takes half a second or more."""
+
+_LOOK_S: Final = 0.02
 
 # Registered once with Globus Compute and then allow-listed by its id, so it must not change: all that may is imported.
 _LOADER: Final = '''\
@@ -69,7 +75,8 @@ def answer(verb: str, document: Mapping[str, Any], *, facility: str) -> dict[str
         facility: The facility's name.
 
     Returns:
-        The answer of `S2CS.answer`, and who gave it: `worker: {python, host, version}`.
+        The answer of `S2CS.answer`, and who gave it: `worker: {python, host, version}`. When an `update` has introduced
+        the relays of CONS, it is the status once READY, or after READY_S at the latest.
     """
     said: dict[str, Any]
     try:
@@ -77,10 +84,9 @@ def answer(verb: str, document: Mapping[str, Any], *, facility: str) -> dict[str
         # as it would come over a wire: what is no JSON is refused here too, where executors would pickle it
         text = _text(document)
         config = load_facility(facility)
-        if config.service.socket is not None:
-            said = ask(config.service.socket, verb, json.loads(text))
-        else:
-            said = _service(config).answer(verb, text)
+        said = _asked(config, verb, text)
+        if verb == "update" and document.get("peers"):
+            said = _until_ready(config, document, said)
     except ScistreamError as wrong:
         said = {"protocol": PROTOCOL, "ok": False, "error": wrong.to_document()}
     except Exception as wrong:
@@ -95,6 +101,27 @@ def answer(verb: str, document: Mapping[str, Any], *, facility: str) -> dict[str
 def call(question: Mapping[str, Any]) -> dict[str, Any]:
     """`answer` with one argument, the form that every executor takes: `{"verb", "facility", "document"}`."""
     return answer(question["verb"], question["document"], facility=question["facility"])
+
+
+def _asked(config: FacilityConfig, verb: str, text: str) -> dict[str, Any]:
+    if config.service.socket is not None:
+        return ask(config.service.socket, verb, json.loads(text))
+    return _service(config).answer(verb, text)
+
+
+def _until_ready(config: FacilityConfig, document: Mapping[str, Any], said: dict[str, Any]) -> dict[str, Any]:
+    """The answer of an `update`, with the status of a little later when that is READY, or over."""
+    query = json.dumps(
+        {name: document[name] for name in ("protocol", "uid", "role", "owner") if name in document}
+    )
+    deadline = time.monotonic() + READY_S
+    while said["ok"] and said["value"]["state"] == "LISTENING" and time.monotonic() < deadline:
+        time.sleep(_LOOK_S)
+        seen = _asked(config, "status", query)
+        if not seen["ok"]:  # the update was done
+            break
+        said = seen
+    return said
 
 
 class _Held(NamedTuple):

@@ -436,10 +436,12 @@ def open_stream(
                 Peer(public_key=relay.public_key, source_addresses=relay.dial_addresses)
                 for relay in cons.relays
             ]
-            facilities["PROD"].update(Update(uid=prod.uid, role="PROD", peers=peers))
+            updated = facilities["PROD"].update(Update(uid=prod.uid, role="PROD", peers=peers))
             if prod_request.targets:
                 deadline = began + ready_timeout_s
-                _until_ready(prod.uid, facilities, deadline, lambda status: tell("probe", status))
+                _until_ready(
+                    prod.uid, facilities, deadline, lambda status: tell("probe", status), prod=updated
+                )
                 tell("ready")
         except BaseException:
             for role, end in _release(prod_request.uid, to_release).items():
@@ -562,14 +564,22 @@ def _request(request: Request, facilities: dict[Role, Facility], to_release: dic
 
 
 def _until_ready(
-    uid: str, facilities: dict[Role, Facility], deadline: float, tell: Callable[[Status], None]
+    uid: str,
+    facilities: dict[Role, Facility],
+    deadline: float,
+    tell: Callable[[Status], None],
+    *,
+    prod: Status | None = None,
 ) -> None:
+    """Wait until both sides are READY. `prod` is what is known of PROD already: once READY, it is not asked again."""
     cancelled = _CANCELLED.get() or threading.Event()
     silent_until = time.monotonic() + SAY_WHY_AFTER_S
     said = ""
     probe: Probe | None = None
     for pause_s in _pauses():
-        cons, prod = (facilities[role].status(StatusQuery(uid=uid, role=role)) for role in ("CONS", "PROD"))
+        cons = facilities["CONS"].status(StatusQuery(uid=uid, role="CONS"))
+        if prod is None or not (cons.ready and prod.ready):
+            prod = facilities["PROD"].status(StatusQuery(uid=uid, role="PROD"))
         probe = cons.last_probe or prod.last_probe or probe  # a side that has ended does not tell it any more
         tell(cons)
         if cons.ready and prod.ready:

@@ -34,7 +34,7 @@ from scistream_flows import (
     open_stream,
 )
 from scistream_flows.actions.endpoint import check, published, set_up
-from scistream_flows.compute import ComputeEndpoint, _json_only, close_client, open_client
+from scistream_flows.compute import LOOK_S, ComputeEndpoint, _json_only, close_client, open_client
 from scistream_flows.config import load_facility
 from scistream_flows.errors import MissingExtra, Unauthenticated
 from scistream_flows.facility import ComputeFacility
@@ -212,6 +212,16 @@ def test_calls_of_several_threads_share_a_connection(world: World, aps: ComputeF
         thread.join(60)
     assert len(answers) == 4
     assert {one.rsplit("/", 1)[1] for one in world.cloud.asked[before:]} == {"submit"}
+
+
+def test_results_are_taken_soon_after_they_have_arrived(aps: ComputeFacility) -> None:
+    """By a setting of the SDK that is not public: a version that has it no more fails here, and is only slower."""
+    from globus_compute_sdk.sdk import executor
+
+    before = set(executor._RESULT_WATCHERS)
+    aps.list()
+    (ours,) = set(executor._RESULT_WATCHERS) - before
+    assert executor._RESULT_WATCHERS[ours].poll_period_s == LOOK_S
 
 
 def test_a_lost_task_ends_the_call_by_its_deadline_and_the_next_one_works(world: World) -> None:

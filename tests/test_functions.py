@@ -7,6 +7,7 @@ import json
 import multiprocessing
 import os
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -17,7 +18,15 @@ from typing import Any
 
 import pytest
 
-from scistream_flows import FacilityUnreachable, NotFound, PolicyDenied, open_stream
+from scistream_flows import (
+    FacilityUnreachable,
+    NotFound,
+    PolicyDenied,
+    StreamNotReady,
+    connect_facility,
+    functions,
+    open_stream,
+)
 from scistream_flows.errors import BadRequest
 from scistream_flows.facility import ExecutorFacility
 from scistream_flows.functions import answer, source
@@ -113,6 +122,43 @@ def test_a_relay_outlives_the_worker_that_started_it(
         assert facility.status(StatusQuery(uid="s", role="PROD")).state == "LISTENING"
         assert answer("release", document(uid="s", role="PROD"), facility="aps")["ok"]
     assert relays_below(state_base) == []
+
+
+class Remembering(ThreadPoolExecutor):
+    """Threads that remember which verbs they were given."""
+
+    def __init__(self) -> None:
+        super().__init__(2)
+        self.verbs: list[str] = []
+
+    def submit(self, fn: Any, /, *args: Any, **kwargs: Any) -> Any:
+        self.verbs.append(args[0]["verb"])
+        return super().submit(fn, *args, **kwargs)
+
+
+def test_opening_asks_the_facility_of_the_producer_twice_only(
+    application: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each question is half a second by Globus Compute: READY is waited for where the relay is."""
+    monkeypatch.setattr(functions, "READY_S", 60)
+    with Remembering() as executor, connect_facility("local:alcf") as alcf:  # type: ignore[attr-defined]
+        aps = ExecutorFacility(executor, facility="aps")
+        with open_stream(aps, alcf, targets=[application.address]) as stream:
+            assert executor.verbs == ["request", "update"]
+            assert stream.status().ready
+
+
+def test_an_update_does_not_wait_for_what_does_not_come(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(functions, "READY_S", 0.3)
+    with Remembering() as executor:
+        aps, alcf = (ExecutorFacility(executor, facility=name) for name in ("aps", "alcf"))
+        open_stream(aps, alcf, targets=[]).release()
+        assert "status" not in executor.verbs
+        with socket.create_server(("127.0.0.1", 0)) as server:
+            nobody = "{}:{}".format(*server.getsockname())
+        with pytest.raises(StreamNotReady) as late:
+            open_stream(aps, alcf, targets=[nobody], ready_timeout_s=2)
+        assert late.value.details["reason"] == "unreachable"
 
 
 def test_a_worker_that_does_not_answer_is_given_up() -> None:
