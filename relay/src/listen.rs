@@ -210,8 +210,6 @@ fn admit(
         Some(NO_PEERS)
     } else if !relay.admits_source(source.ip()) {
         Some("source")
-    } else if relay.config.role == Role::Cons && listener.is_full(&relay.config) {
-        Some("busy")
     } else {
         None
     };
@@ -228,16 +226,11 @@ fn admit(
             workers.spawn(stream, move |stream| crate::prod::serve(relay, listener, stream, source, ticket));
         }
         Role::Cons => {
-            let active = Active::enter(listener.clone());
+            let Some(active) = Active::enter(&listener, relay.config.max_connections) else {
+                return relay.refuse(&listener, "busy", source.ip());
+            };
             workers.spawn(stream, move |stream| crate::cons::serve(relay, active, stream, source));
         }
-    }
-}
-
-impl Listener {
-    /// It carries what it may, over all addresses of its index.
-    pub fn is_full(&self, config: &Config) -> bool {
-        self.open.load(Ordering::Relaxed) >= u64::from(config.max_connections)
     }
 }
 
@@ -245,11 +238,13 @@ impl Listener {
 pub struct Active(Arc<Listener>);
 
 impl Active {
-    pub fn enter(listener: Arc<Listener>) -> Active {
-        listener.open.fetch_add(1, Ordering::Relaxed);
+    /// None when the listener has `most` over all addresses of its index. Counted and compared in one step: several workers ask.
+    pub fn enter(listener: &Arc<Listener>, most: u32) -> Option<Active> {
+        let one_more = |open| (open < u64::from(most)).then_some(open + 1);
+        listener.open.fetch_update(Ordering::Relaxed, Ordering::Relaxed, one_more).ok()?;
         listener.active.fetch_add(1, Ordering::Relaxed);
         listener.accepted.fetch_add(1, Ordering::Relaxed);
-        Active(listener)
+        Some(Active(listener.clone()))
     }
 
     pub fn listener(&self) -> &Listener {
@@ -327,5 +322,44 @@ impl Drop for Ticket {
                 waiting.by_source.remove(&self.source);
             }
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::Barrier;
+
+    use super::*;
+
+    #[test]
+    fn of_workers_that_ask_at_the_same_moment_no_more_enter_than_may() {
+        let listener = Arc::new(Listener {
+            index: 0,
+            address: SocketAddr::from(([127, 0, 0, 1], 1)),
+            open: Arc::default(),
+            active: AtomicU64::new(0),
+            accepted: AtomicU64::new(0),
+            refused: AtomicU64::new(0),
+        });
+        let (workers, most, rounds) = (4, 2, 20_000);
+        let barrier = Barrier::new(workers);
+        let too_many = AtomicU64::new(0);
+        std::thread::scope(|scope| {
+            for _ in 0..workers {
+                scope.spawn(|| {
+                    for _ in 0..rounds {
+                        barrier.wait();
+                        let active = Active::enter(&listener, most);
+                        barrier.wait();
+                        let over = listener.open.load(Ordering::Relaxed) - u64::from(most);
+                        too_many.fetch_add(over, Ordering::Relaxed);
+                        barrier.wait();
+                        drop(active);
+                    }
+                });
+            }
+        });
+        assert_eq!(too_many.load(Ordering::Relaxed), 0);
+        assert_eq!(listener.open.load(Ordering::Relaxed), 0);
     }
 }

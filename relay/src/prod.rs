@@ -134,11 +134,10 @@ async fn serve_probe(mut wan: Wan<'_>, listener: Arc<Listener>, target: SocketAd
 
 async fn serve_data(mut wan: Wan<'_>, listener: Arc<Listener>, source: SocketAddr, target: SocketAddr) {
     let relay = wan.relay;
-    if listener.is_full(&relay.config) {
+    let Some(active) = Active::enter(&listener, relay.config.max_connections) else {
         relay.refuse(&listener, "busy", source.ip());
         return wan.refuse(Verdict::Busy).await;
-    }
-    let active = Active::enter(listener);
+    };
     let connection = relay.open(active.listener(), source);
     let _books = Books(relay, &connection);
     let lan = match first_or_fresh(relay, target).await {
