@@ -195,11 +195,14 @@ fn run(configuration: &[u8], directory: &Path, detached: bool) -> ExitCode {
         && needed > limit
     {
         let message = format!(
-            "max_connections and indices may come to need {needed} descriptors, and this process may have {limit} \
-             (ulimit -Hn): ask for less, or raise the limit"
+            "{} listeners (num_conn) of {} connections (max_connections) may come to need {needed} descriptors, and a \
+             relay may have {limit} (ulimit -Hn): ask for less, or raise the limit",
+            config.listen.indices.len(),
+            config.max_connections
         );
         return failed(EXIT_FAILED, "limits", Some("EMFILE"), &message);
     }
+    pipe::allow(listen::most_pipes(descriptors, workers), workers);
     let congestion = Congestion::of_this_system();
     let bound = match listen::bind(&config.listen, &congestion) {
         Ok(bound) => bound,

@@ -14,7 +14,7 @@ use crate::congestion::Congestion;
 use crate::connection::lock;
 use crate::control::MOST_CLIENTS;
 use crate::errno;
-use crate::pipe::POOLED_PIPES;
+use crate::pipe::LEAST_PIPES;
 use crate::relay::{Listener, NO_PEERS, Relay};
 use crate::workers::{DESCRIPTORS_OF_A_RUNTIME, Workers};
 
@@ -147,12 +147,12 @@ fn open(address: SocketAddr, congestion: &Congestion) -> std::io::Result<StdList
 
 /// The descriptors that a relay of this configuration may come to need, and may have at most (None: any number).
 ///
-/// Its worst case is every listener full, each worker's pipes in use, and somebody at each place of the control socket.
-/// Pipes beyond the pooled ones are not counted, because without them bytes are copied.
+/// Its worst case is every listener full, each worker's few pipes in use, and somebody at each place of the control socket.
+/// More pipes are not counted, because without them bytes are copied.
 pub fn descriptors(config: &Config, workers: usize) -> (u64, Option<u64>) {
     let indices = config.listen.indices.len() as u64;
     let sockets = indices * config.listen.addresses().len() as u64;
-    let of_a_worker = DESCRIPTORS_OF_A_RUNTIME + 2 * POOLED_PIPES as u64;
+    let of_a_worker = DESCRIPTORS_OF_A_RUNTIME + 2 * LEAST_PIPES as u64;
     let needed = DESCRIPTORS_OF_ITS_OWN
         + LEAST_HALF_OPEN
         + MOST_CLIENTS as u64
@@ -160,6 +160,16 @@ pub fn descriptors(config: &Config, workers: usize) -> (u64, Option<u64>) {
         + workers as u64 * of_a_worker
         + 2 * indices * u64::from(config.max_connections);
     (needed, rustix::process::getrlimit(rustix::process::Resource::Nofile).current)
+}
+
+/// The pipes that may be open at once: each worker's few, and half of what the limit leaves beyond the worst case, in which no
+/// connection is missing a descriptor for a pipe's sake. `needed` and `limit` are of `descriptors`.
+pub fn most_pipes(descriptors: (u64, Option<u64>), workers: usize) -> usize {
+    workers * LEAST_PIPES + spare_pipes(descriptors) as usize
+}
+
+fn spare_pipes((needed, limit): (u64, Option<u64>)) -> u64 {
+    limit.unwrap_or(u64::MAX).saturating_sub(needed) / 4
 }
 
 /// Accepts until the relay drains or ends. No error ends it: a shortage pauses it, anything else concerns one connection.
@@ -277,10 +287,12 @@ pub struct Ticket {
 }
 
 impl HalfOpen {
-    /// No more than descriptors allow when everything else is in use: `needed` and `limit` are of `descriptors`. Connections that
+    /// No more than descriptors allow when everything else is in use, as `descriptors` counts them. Connections that
     /// are free have descriptors of their own: known ones may wait for them.
-    pub fn new((needed, limit): (u64, Option<u64>)) -> HalfOpen {
-        let spare = limit.unwrap_or(u64::MAX).saturating_sub(needed - LEAST_HALF_OPEN);
+    pub fn new(descriptors: (u64, Option<u64>)) -> HalfOpen {
+        let (needed, limit) = descriptors;
+        let in_use = needed - LEAST_HALF_OPEN + 2 * spare_pipes(descriptors);
+        let spare = limit.unwrap_or(u64::MAX).saturating_sub(in_use);
         let strangers = MOST_HALF_OPEN.min(spare / 2);
         let known = spare - strangers;
         HalfOpen(Mutex::new([Waiting::new(strangers, strangers.div_ceil(4)), Waiting::new(known, known)]))

@@ -19,6 +19,7 @@ import pytest
 
 from .apps import Applications, Payload
 from .gateway import DEADLINE_S, Gateway, RefusedError, Relay, eventually, is_running, join, split
+from .test_splice import Crowd, small_windows
 
 WITHOUT = Path(__file__).with_name("without.py")
 
@@ -61,15 +62,52 @@ def test_a_configuration_that_does_not_fit_is_refused_with_the_number_that_is_ne
     limited: Limited, verb: str
 ) -> None:
     size = {"max_connections": 500, "workers": 3, "listen": {"indices": [0, 1]}}
-    needed = 144 + 2 + 70 * 3 + 2 * 500 * 2
+    needed = 144 + 2 + 22 * 3 + 2 * 500 * 2
     gateway = limited(f"ulimit -n {needed - 1}")
     with pytest.raises(RefusedError) as refusal:
         gateway.verb(verb, document=gateway.config("PROD", "tls", **size))
     assert (refusal.value.exit, refusal.value.code) == (1, "limits")
+    assert "2 listeners (num_conn) of 500 connections (max_connections)" in refusal.value.message
     assert f"need {needed} descriptors" in refusal.value.message
     assert f"may have {needed - 1} " in refusal.value.message
     enough = limited(f"ulimit -n {needed}")
     assert enough.start(enough.config("PROD", "tls", **size)).status()["state"] == "WAITING_HELLO"
+
+
+def test_five_listeners_full_of_connections_fit_into_the_usual_limit(
+    limited: Limited, apps: Applications
+) -> None:
+    """As a stream of the command line has them, on a machine of eight cores or more."""
+    scarce = limited("ulimit -n 1024")
+    listeners, most = 5, 64
+    size = {"workers": 4, "max_connections": most, "listen": {"indices": [*range(listeners)]}}
+    server = apps.listen()
+    pair = scarce.pair("none", [server.getsockname()], prod=size, cons=size)
+    ends = [apps.established(server, pair.cons, index) for index in range(listeners) for _ in range(most)]
+    for relay in pair:
+        connections = relay.status()["connections"]
+        assert (connections["active"], connections["refused"]) == (listeners * most, 0)
+    for number, both in enumerate(ends[::79]):
+        apps.exchange(*both, Payload(number, 1_000_000), Payload(number + 9, 1_000_000))
+
+
+def test_full_pipes_take_no_connection_its_descriptors(limited: Limited, apps: Applications) -> None:
+    """Whose readers stand still may fill pipes as long as there are some to spare; then bytes are copied."""
+    most, stuck = 64, 50
+    size = {"workers": 1, "max_connections": most}
+    scarce = limited(f"ulimit -n {144 + 1 + 22 + 2 * most}")
+    server = apps.listen()
+    small_windows(server)
+    pair = scarce.pair("none", [server.getsockname()], prod=size, cons=size)
+    crowd = Crowd(apps, pair, server, stuck)
+    for relay in pair:
+        assert relay.status()["resources"]["pipes"] == 8
+    for _ in range(most - stuck):
+        apps.established(server, pair.cons)
+    for relay in pair:
+        assert relay.status()["connections"]["active"] == most
+        assert relay.events("refused") == []
+    crowd.release()
 
 
 def test_out_of_descriptors_a_relay_rests_recovers_and_hears_its_end(
@@ -102,7 +140,7 @@ def test_where_descriptors_are_few_a_peer_may_still_open_all_its_connections_at_
 ) -> None:
     """As many as may be open may wait; with all of them open, only the few that are left over."""
     few, size = 60, {"max_connections": 60, "workers": 1, "handshake_timeout_s": 300}
-    scarce = limited(f"ulimit -n {144 + 1 + 70 + 2 * few}")
+    scarce = limited(f"ulimit -n {144 + 1 + 22 + 2 * few}")
     server = apps.listen()
     prod = scarce.start(scarce.config("PROD", "tls", targets=[join(server.getsockname())], **size))
     cons = gateway.start(gateway.config("CONS", "tls", peers=[gateway.peer_of(prod)], **size))
