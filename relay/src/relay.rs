@@ -3,7 +3,7 @@
 
 use std::collections::{BTreeMap, HashMap};
 use std::net::{IpAddr, SocketAddr};
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, Once, RwLock};
 use std::time::{Duration, Instant};
 
@@ -108,6 +108,8 @@ pub struct Relay {
     pub admitted: Arc<RwLock<Vec<PublicKey>>>,
     /// Wakes the supervisor before its next tick.
     pub wake: Notify,
+    /// The supervisor looks seldom, until a connection wakes it.
+    at_rest: AtomicBool,
     /// Wakes the prober: peers have changed, or a lease is to be passed on.
     pub probe_wake: Notify,
     /// One probe of a target at a time.
@@ -225,6 +227,7 @@ impl Relay {
                 said: None,
             }),
             ended: watch::Sender::new(None),
+            at_rest: AtomicBool::new(false),
             next_connection: AtomicU64::new(1),
             warned_of_keepalive: Once::new(),
             config,
@@ -457,7 +460,7 @@ impl Relay {
             let _ = s2ds_sys::set_max_pacing_rate(&*legs.wan, share);
         }
         self.events.emit("open", connection.describe());
-        if first || rate > 0 {
+        if first || rate > 0 || self.at_rest.load(Ordering::Relaxed) {
             self.wake.notify_one();
         }
     }
@@ -534,8 +537,14 @@ impl Relay {
         });
     }
 
-    pub fn has_connections(&self) -> bool {
-        !self.live().connections.is_empty()
+    /// Whether there is nothing to look at until the next connection, which wakes: none now, and none has moved bytes since
+    /// `bytes_seen` were counted.
+    pub fn rests(&self, bytes_seen: u64) -> bool {
+        self.at_rest.store(true, Ordering::Relaxed); // before looking: a connection that opens meanwhile wakes
+        let connected = !self.live().connections.is_empty();
+        let rests = !connected && self.bytes() == bytes_seen;
+        self.at_rest.store(rests, Ordering::Relaxed);
+        rests
     }
 
     /// All bytes so far, both ways.

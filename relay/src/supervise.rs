@@ -57,7 +57,8 @@ pub async fn supervise(relay: &Arc<Relay>) -> End {
             refusals_said = now;
         }
         relay.consider(now);
-        let pause = if relay.has_connections() { tick } else { REFUSALS };
+        // Bytes of a connection that has just closed count for the lease from the next tick on, not from a second later.
+        let pause = if relay.rests(bytes_seen) { REFUSALS } else { tick };
         let next = (now + pause).min(relay.next_deadline()).max(now + Duration::from_millis(1));
         tokio::select! {
             end = relay.ended() => return end,

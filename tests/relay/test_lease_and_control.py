@@ -74,6 +74,26 @@ def test_many_short_connections_renew_the_lease_as_one_long_one_does(
     assert [relay.status()["state"] for relay in pair] == ["STREAMING", "STREAMING"]
 
 
+def test_a_lease_begins_soon_after_the_last_byte_also_when_its_connection_is_gone(
+    gateway: Gateway, apps: Applications
+) -> None:
+    """Nobody looks often at a relay without connections; what it has carried since counts all the same."""
+    lease_s, often_s = 100, 0.25
+    server = apps.listen()
+    pair = gateway.pair("none", [server.getsockname()], prod={"lease_s": lease_s}, cons={"lease_s": lease_s})
+    for turn in range(5):
+        time.sleep(0.15 + turn * often_s / 5)
+        consumer, producer = apps.established(server, pair.cons)
+        moved_at = time.monotonic()
+        consumer.close()
+        producer.close()
+        time.sleep(1.1)
+        for relay in pair:
+            asked_at = time.monotonic()
+            began_at = asked_at + relay.status()["lease_remaining_s"] - lease_s
+            assert -0.1 < began_at - moved_at < 2 * often_s
+
+
 def test_a_renewal_at_cons_is_passed_on_to_prod(
     gateway: Gateway, apps: Applications, proven_mode: str
 ) -> None:
