@@ -29,6 +29,7 @@ from scistream_flows.cli.console import (
     progress,
     put,
     put_document,
+    put_long_document,
     put_table,
     run,
     say,
@@ -604,7 +605,7 @@ def audit(
             return
         lines = service.audit(owner=owner, uid=uid, since_s=since_s)
         if settings.json:
-            put_document({"facility": service.config.name, "lines": list(lines)})
+            put_long_document({"facility": service.config.name}, "lines", lines)
             return
         for line in lines:
             put(_in_words(line))

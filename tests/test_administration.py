@@ -36,6 +36,13 @@ COMMAND = [
     *(sys.executable, "-W", "error", "-c"),
     "from scistream_flows.actions.administration import main; main()",
 ]
+# Runs a command and says how much memory it took at most, KiB. What its parent has would count: this one has little.
+MEASURED = [
+    *(sys.executable, "-S", "-c"),
+    """import resource, subprocess, sys
+subprocess.run(sys.argv[1:], check=True)
+print(resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss, file=sys.stderr)""",
+]
 TWO_GATEWAYS = """
 [facility]
 name = "aps"
@@ -320,6 +327,25 @@ def test_audit_shows_who_did_what(facility: Facility, s2cs: Run) -> None:
     assert [(one["event"], one["uid"]) for one in told["lines"]] == [("open", "b"), ("close", "b")]
     assert len(s2cs("audit", "--facility", "aps", "--uid", "a", "--since", "1h").stdout.splitlines()) == 2
     assert s2cs("audit", "--facility", "aps", "--since", "yesterday").returncode == 2
+
+
+def test_a_long_audit_log_is_one_document_and_is_never_in_memory_as_a_whole(facility: Facility) -> None:
+    service = facility()
+
+    def told() -> tuple[str, int]:
+        command = [*COMMAND, "audit", "--facility", "aps", "--format", "json"]
+        done = subprocess.run([*MEASURED, *command], capture_output=True, text=True, timeout=60, check=True)
+        return done.stdout, int(done.stderr) << 10
+
+    empty, least_bytes = told()
+    head = {"protocol": 1, "facility": "aps"}
+    assert empty == json.dumps(head | {"lines": []}, indent=2) + "\n"
+    line = {"at": "2026-01-01T00:00:00Z", "event": "open", "owner": ALICE, "uid": "a", "message": 350 * "x"}
+    lines = [line | {"number": number} for number in range(20_000)]
+    (service.config.state_dir / "audit.jsonl").write_text("".join(json.dumps(one) + "\n" for one in lines))
+    full, most_bytes = told()
+    assert full == json.dumps(head | {"lines": lines}, indent=2) + "\n"
+    assert most_bytes - least_bytes < len(full) / 2
 
 
 def test_what_the_audit_log_has_cannot_steer_the_terminal(facility: Facility) -> None:

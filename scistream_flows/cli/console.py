@@ -6,14 +6,16 @@ It imports only `errors` and `models`, so that every command can use it.
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
 import logging
 import os
 import re
 import signal
 import sys
+import textwrap
 import traceback
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, Final, NoReturn, Protocol
 
 import click
@@ -164,6 +166,22 @@ def put(line: str) -> None:
 def put_document(document: Mapping[str, Any]) -> None:
     """One JSON document on stdout, with its protocol."""
     click.echo(json.dumps({"protocol": PROTOCOL} | dict(document), indent=2))
+
+
+def put_long_document(document: Mapping[str, Any], name: str, rows: Iterable[Mapping[str, Any]]) -> None:
+    """The same with one more field, a list, of which each row is written when it comes: all of them may be too many."""
+    coming = iter(rows)
+    first = list(itertools.islice(coming, 1))  # what cannot be read is said instead of half a document
+    head = json.dumps({"protocol": PROTOCOL} | dict(document) | {name: []}, indent=2)
+    if not first:
+        click.echo(head)
+        return
+    click.echo(head.removesuffix("]\n}"), nl=False)
+    between = "\n"
+    for row in itertools.chain(first, coming):
+        click.echo(between + textwrap.indent(json.dumps(row, indent=2), "    "), nl=False)
+        between = ",\n"
+    click.echo("\n  ]\n}")
 
 
 def put_table(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
