@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 from network.conftest import account_of, facilities, gateways_each, network, rights, services
-from relay.conftest import apps, binary, gateway, mode, tap
+from relay.conftest import apps, binary, gateway, mode, nobodys_gateway, tap
 
 from .report import Record, table, write
 from .scene import Scene, Stage
@@ -25,6 +25,7 @@ __all__ = [
     "gateways_each",
     "mode",
     "network",
+    "nobodys_gateway",
     "rights",
     "services",
     "tap",

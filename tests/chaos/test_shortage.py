@@ -1,19 +1,21 @@
-"""What runs out: a reader's patience, the disk, descriptors, ports. It is said, others go on, and it comes back."""
+"""What runs out: a reader's patience, the disk, descriptors, pipes, ports. It is said, others go on, and it ends."""
 
 from __future__ import annotations
 
 import contextlib
 import random
 import resource
+import socket
 import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 import pytest
 from relay.apps import Applications, Payload, receive, receive_exactly, send_and_end
-from relay.gateway import Gateway, RefusedError, eventually, is_running, join
+from relay.gateway import Gateway, Pair, RefusedError, eventually, is_running, join
 
 from scistream_flows.config import load_facility
 from scistream_flows.errors import PortsExhausted, RegistryError, RelayError, ScistreamError
@@ -179,6 +181,85 @@ def test_a_relay_without_descriptors_turns_away_and_carries_on(
 
     eventually(reached)
     apps.exchange(fresh, producers[-1], Payload(3, 1000), Payload(4, 1000))
+
+
+# Takes what pipes its user may have, down to the last that a relay could use, and holds them until it is told.
+HOG: Final = """
+import fcntl, os, sys
+if sys.argv[1:]:
+    user = int(sys.argv[1])
+    os.setgroups([]), os.setgid(user), os.setuid(user)
+F_SETPIPE_SZ, held = 1031, []
+
+def grows(end):
+    for size in (1 << 20, 1 << 16):
+        try:
+            return fcntl.fcntl(end, F_SETPIPE_SZ, size)
+        except PermissionError:
+            pass
+    return 0
+
+while not held or grows(held[-1][1]):
+    held.append(os.pipe())
+print(len(held), flush=True)
+sys.stdin.read()
+"""
+
+
+@contextlib.contextmanager
+def without_pipes(user: int | None) -> Iterator[None]:
+    """As long as the block runs, another program of this user has all his pipe pages."""
+    command = [sys.executable, "-c", HOG, *([] if user is None else [str(user)])]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as hog:
+        assert hog.stdin
+        assert hog.stdout
+        assert int(hog.stdout.readline()) > 1
+        yield
+        hog.stdin.close()
+        assert hog.wait(20) == 0
+
+
+@pytest.mark.parametrize("mode", ["none", "auth"])
+def test_a_user_without_pipes_left_loses_no_byte_and_is_told(
+    nobodys_gateway: Gateway, apps: Applications, record: Record, chance: random.Random, mode: str
+) -> None:
+    """What gets no pipe is copied and says so; who has pipes keeps them; the next bytes take those that become free."""
+    server = apps.listen()
+    spliced = nobodys_gateway.pair(mode, [server.getsockname()])
+    running = apps.established(server, spliced.cons)
+    sizes = [chance.randrange(2_000_000, 6_000_000) for _ in range(4)]
+    with without_pipes(nobodys_gateway.user):
+        record.struck()
+        late = nobodys_gateway.pair(mode, [server.getsockname()])
+        short, whole = apps.established(server, late.cons), apps.established(server, late.cons)
+        assert paths(late) == {"copy"}
+        record.detected()
+        apps.exchange(*whole, Payload(1, sizes[0]), Payload(2, sizes[1]))
+        assert paths(late) == {"copy"}
+        eventually(lambda: speak(*running) and paths(spliced) == {"splice"})
+    with record.recovering():
+        eventually(lambda: speak(*short) and paths(late) == {"splice"})
+    apps.exchange(*short, Payload(3, sizes[2]), Payload(4, sizes[3]))
+    apps.exchange(*running, Payload(5, sizes[2]), Payload(6, sizes[3]))
+    for pair, count in ((late, 2), (spliced, 1)):
+        pair.wait_closed(count)
+        for relay in pair:
+            assert {one["reason"] for one in relay.events("close")} == {"closed"}
+
+
+def speak(one: socket.socket, other: socket.socket) -> bool:
+    """A byte each way."""
+    for sender, receiver in ((one, other), (other, one)):
+        sender.sendall(b"?")
+        assert receive_exactly(receiver, 1) == b"?"
+    return True
+
+
+def paths(pair: Pair) -> set[str]:
+    """Which ways the last bytes have taken in both relays of a pair."""
+    return {
+        path for relay in pair for stream in relay.status()["streams"] for path in stream["path"].values()
+    }
 
 
 def attempt(gateway: Gateway, relay_id: str) -> bool:

@@ -1,5 +1,8 @@
 """Fixtures of the relay's tests: a gateway that must be empty in the end, and the applications on both sides."""
 
+import os
+import shutil
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -7,6 +10,8 @@ import pytest
 
 from .apps import Applications, Tap
 from .gateway import MODES, Gateway, find_binary
+
+NOBODY = 65534
 
 
 @pytest.fixture(scope="session")
@@ -19,6 +24,28 @@ def gateway(binary: Path) -> Iterator[Gateway]:
     gateway = Gateway(binary)
     yield gateway
     gateway.close()
+
+
+@pytest.fixture
+def nobodys_gateway(binary: Path) -> Iterator[Gateway]:
+    """A gateway of a user who is not root, where root runs the tests; else one of our own."""
+    place = Path(tempfile.mkdtemp(prefix="s2ds-"))
+    place.chmod(0o755)
+    copy = place / "s2ds"
+    shutil.copy(binary, copy)
+    copy.chmod(0o755)
+    directory = place / "relays"
+    directory.mkdir(mode=0o700)
+    user = None
+    if os.geteuid() == 0:
+        os.chown(directory, NOBODY, NOBODY)
+        user = NOBODY
+    gateway = Gateway(copy, directory, user)
+    yield gateway
+    try:
+        gateway.close()
+    finally:
+        shutil.rmtree(place)
 
 
 @pytest.fixture

@@ -1,10 +1,7 @@
 """The data path: which way bytes take, that they arrive whatever the way, and how little a connection costs."""
 
-import os
 import resource
-import shutil
 import socket
-import tempfile
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
@@ -14,7 +11,6 @@ import pytest
 from .apps import Applications, Payload, digest, receive, receive_exactly, send_and_end
 from .gateway import Gateway, Pair, eventually
 
-NOBODY = 65534
 SMALL_WINDOW_BYTES = 8192
 # Of Ethernet. On loopback a segment has 64 KiB, and buffers of ten of them hold megabytes.
 SEGMENT_BYTES = 1460
@@ -41,28 +37,6 @@ def many_descriptors() -> Iterator[None]:
     resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
     yield
     resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
-
-
-@pytest.fixture
-def nobodys_gateway(binary: Path) -> Iterator[Gateway]:
-    """A gateway of a user who is not root, where root runs the tests; else one of our own."""
-    place = Path(tempfile.mkdtemp(prefix="s2ds-"))
-    place.chmod(0o755)
-    copy = place / "s2ds"
-    shutil.copy(binary, copy)
-    copy.chmod(0o755)
-    directory = place / "relays"
-    directory.mkdir(mode=0o700)
-    user = None
-    if os.geteuid() == 0:
-        os.chown(directory, NOBODY, NOBODY)
-        user = NOBODY
-    gateway = Gateway(copy, directory, user)
-    yield gateway
-    try:
-        gateway.close()
-    finally:
-        shutil.rmtree(place)
 
 
 def test_forty_thousand_tiny_messages_into_throttled_readers_arrive_in_order(
