@@ -20,24 +20,25 @@ import psutil
 
 from scistream_flows.actions.auth import DevelopmentToken
 
-# With a name of a step, the process kills itself there: the service's own log says how far it has come.
+# With a name of a step, the process kills or stops itself there, once: the service's own log says how far it has come.
 PROGRAM = """
 import json, logging, os, signal, sys
 from pathlib import Path
 from scistream_flows.config import load_facility
 from scistream_flows.actions.service import serve
 
-class Kill(logging.Handler):
+class Strike(logging.Handler):
     def emit(self, record):
-        if record.getMessage().split()[0] == killed_at:
-            os.kill(os.getpid(), signal.SIGKILL)
+        if record.getMessage().split()[0] == struck_at:
+            logger.removeHandler(self)
+            os.kill(os.getpid(), by)
 
 if __name__ == "__main__":
-    name, file, killed_at, options = json.loads(sys.argv[1])
-    if killed_at:
+    name, file, struck_at, by, options = json.loads(sys.argv[1])
+    if struck_at:
         logger = logging.getLogger("scistream_flows.s2cs")
         logger.setLevel(logging.DEBUG)
-        logger.addHandler(Kill())
+        logger.addHandler(Strike())
     serve(load_facility(name, file=file), **options)
 """
 
@@ -111,6 +112,7 @@ def serving(
     more: str = "",
     development: bool = False,
     killed_at: str = "",
+    stopped_at: str = "",
     environment: Mapping[str, str] | None = None,
     **options: Any,
 ) -> Iterator[Served]:
@@ -126,7 +128,9 @@ def serving(
         "SCISTREAM_CONFIG_DIR": str(base / "none"),
         **(environment or {}),
     }
-    arguments = json.dumps([name, None if development else str(file), killed_at, options])
+    by = signal.SIGSTOP if stopped_at else signal.SIGKILL
+    told = [name, None if development else str(file), killed_at or stopped_at, by, options]
+    arguments = json.dumps(told)
     with log.open("wb") as stderr:
         process = subprocess.Popen([sys.executable, program, arguments], stderr=stderr, env=clean)
     served = Served(process, "", log, base / name)

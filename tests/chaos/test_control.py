@@ -14,6 +14,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Final
 
+import psutil
 import pytest
 from conftest import relay_pids
 from relay.apps import Applications, Payload
@@ -112,6 +113,36 @@ def test_two_services_on_one_registry_are_one_facility(
             ends = list(pool.map(lambda call: call[0].release(call[1]), releases))
         assert all(one.end is not None for one in ends)
         clients[1].close()
+
+
+@pytest.mark.chaos
+@pytest.mark.parametrize("step", ["claimed", "started"])
+def test_a_service_waits_for_the_other_that_is_opening_the_same_stream(
+    scene: Scene, record: Record, step: str
+) -> None:
+    """One stands still in the midst of a request; the same to the other is answered when that goes on, no sooner."""
+    with serving(scene.base, "site-a", stopped_at=step) as second, ThreadPoolExecutor(2) as pool:
+        slow = RestFacility(second.url, authorizer=lambda _: second.token, deadline_s=30)
+        target = ["{}:{}".format(*scene.apps.listen().getsockname())]
+        request = read(Request, {"protocol": 1, "uid": "s", "role": "PROD", "targets": target})
+        opening = pool.submit(slow.request, request)
+        process = psutil.Process(second.process.pid)
+        try:
+            eventually(lambda: process.status() == psutil.STATUS_STOPPED)
+            record.struck()
+            waiting = pool.submit(scene.client("PROD").request, request)
+            time.sleep(1)
+            assert not waiting.done(), waiting.result()
+        finally:
+            process.resume()
+        with record.recovering():
+            offers = [opening.result(), waiting.result()]
+        assert offers[0].relays == offers[1].relays
+        named = [row["relay_id"] for row in scene.gateway("PROD").verb("list")["relays"]]
+        assert len(named) == 2  # this one, and the bystander's
+        assert offers[0].relays[0].relay_id in named
+        slow.release(Release(uid="s", role="PROD"))
+        slow.close()
 
 
 class Unreliable(RestFacility):
