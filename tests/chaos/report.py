@@ -17,6 +17,13 @@ RESULTS: Final = ROOT / "build" / "chaos" / "results.json"
 PAGE: Final = ROOT / "docs" / "reliability.md"
 BEGIN: Final = "<!-- results: written by tests/chaos/report.py -->"
 END: Final = "<!-- end of results -->"
+PAST: Final = "past_the_lease_s"
+DEAD: Final = "dead_relay_in_status_s"
+# What the page states as a number: under which name scenarios note it.
+STATED: Final = {
+    "The longest that a stream outlived its lease": PAST,
+    "The longest until a dead relay was told by `status`": DEAD,
+}
 
 
 @dataclass
@@ -129,7 +136,16 @@ def section(run: Mapping[str, Any]) -> str:
     counts = ", ".join(f"{outcomes.count(one)} {one}" for one in ("passed", "failed", "skipped"))
     quick = " (`--quick`)" if run["quick"] else ""
     head = f"Seed {run['seed']}{quick}, {run['took_s']:.0f} s, Linux {run['kernel']}, Python {run['python']}: {counts}."
-    return "\n".join([BEGIN, "", head, "", *table(run), "", END])
+    stated = [f"{words}: {worst} s, in {count} scenarios." for words, worst, count in figures(run)]
+    return "\n".join([BEGIN, "", head, *stated, "", *table(run), "", END])
+
+
+def figures(run: Mapping[str, Any]) -> Iterator[tuple[str, float, int]]:
+    """Of each figure that is stated: its words, the worst, and how many scenarios have it."""
+    for words, name in STATED.items():
+        seen = [one["notes"][name] for one in run["scenarios"] if name in one["notes"]]
+        if seen:
+            yield words, max(seen), len(seen)
 
 
 def main(arguments: Sequence[str]) -> int:

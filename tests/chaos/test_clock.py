@@ -19,7 +19,7 @@ from relay.gateway import ROOT, Gateway, Relay, eventually, join
 
 from scistream_flows.models import Release, Request, read
 
-from .report import Record
+from .report import PAST, Record
 from .scene import LEASE_SLACK_S, Scene
 
 HOUR_S: Final = 3600
@@ -132,4 +132,4 @@ def test_a_relay_whose_machine_has_run_for_long_keeps_its_lease(
     lasted_s = time.monotonic() - renewed
     assert end["reason"] == "lease_expired"
     assert lease_s - 0.1 <= lasted_s <= lease_s + LEASE_SLACK_S
-    record.notes["past_the_lease_s"] = round(max(0.0, lasted_s - lease_s), 3)
+    record.notes[PAST] = round(max(0.0, lasted_s - lease_s), 3)
