@@ -11,12 +11,14 @@ import os
 import random
 import signal
 import socket
+import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
@@ -47,6 +49,19 @@ def state_base(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path
         with contextlib.suppress(ProcessLookupError):
             os.kill(pid, signal.SIGKILL)
     assert not left, f"{len(left)} relays were left running"
+
+
+@pytest.fixture
+def own_temporary(monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """Where programs of this test put what they need for a moment; its name is short enough for sockets.
+
+    A worker pool of Parsl that is killed with its block leaves the socket of its manager behind: here it goes with all.
+    """
+    with tempfile.TemporaryDirectory(prefix="t-", dir="/tmp") as folder:
+        monkeypatch.setenv("TMPDIR", folder)
+        yield Path(folder)
+        listens = [one.laddr for one in psutil.net_connections("unix") if str(one.laddr).startswith(folder)]
+        assert not listens, f"left listening: {listens}"
 
 
 @pytest.fixture

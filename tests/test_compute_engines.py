@@ -37,6 +37,7 @@ from scistream_flows.models import Release, Request, StatusQuery
 
 pytestmark = [
     pytest.mark.timeout(240),
+    pytest.mark.usefixtures("own_temporary"),
     # The SDK leaves a pair of sockets, by which pika wakes its loop, to the garbage collector.
     pytest.mark.filterwarnings("ignore:unclosed <socket:ResourceWarning"),
 ]
@@ -164,7 +165,12 @@ def configure(directory: Path, engine: str, idle: str) -> None:
     finally:
         close_client(client)
     write_configuration(
-        directory, facility=aps, functions=functions, email="admin@example.org", heartbeat_s=HEARTBEAT_S
+        directory,
+        facility=aps,
+        functions=functions,
+        email="admin@example.org",
+        heartbeat_s=HEARTBEAT_S,
+        environment={"TMPDIR": os.environ["TMPDIR"]},  # a user endpoint inherits nothing
     )
     template = directory / TEMPLATE
     text = template.read_text()

@@ -308,6 +308,7 @@ def test_what_is_data_can_be_read(page: Path) -> None:
 
 
 @pytest.mark.timeout(240)
+@pytest.mark.usefixtures("own_temporary")
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_what_a_page_tells_people_to_type_works(page: Path, state_base: Path, tmp_path: Path) -> None:
     played = [(kind, text) for kind, text in blocks(page) if kind in ("sh", "python")]

@@ -19,7 +19,7 @@ pytest.importorskip("skimage", reason="not installed: the extra demo")
 
 SCRIPT = Path(__file__).resolve().parents[1] / "examples/tomography/workflow.py"
 
-pytestmark = pytest.mark.timeout(180)
+pytestmark = [pytest.mark.timeout(180), pytest.mark.usefixtures("own_temporary")]
 
 
 def test_a_scan_streams_into_a_task_which_finds_the_sample(

@@ -37,7 +37,11 @@ pytestmark = pytest.mark.usefixtures("state_base")
 
 
 @pytest.fixture
-def parsl_workers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Executor]:
+def parsl_workers(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    own_temporary: Path,  # noqa: ARG001 - where they put sockets
+) -> Iterator[Executor]:
     """Parsl's own workers: other processes, started by a provider as a batch job would be."""
     # its programs are installed beside this Python
     monkeypatch.setenv("PATH", f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}")

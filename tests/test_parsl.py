@@ -24,7 +24,7 @@ from scistream_flows.errors import BadRequest
 from scistream_flows.parsl import Source
 
 pytestmark = [
-    pytest.mark.usefixtures("state_base"),
+    pytest.mark.usefixtures("state_base", "own_temporary"),
     # Parsl leaves what its configuration opened to the garbage collector
     pytest.mark.filterwarnings("ignore::ResourceWarning"),
 ]
