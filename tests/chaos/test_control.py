@@ -9,7 +9,7 @@ import signal
 import socket
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Final
@@ -22,13 +22,15 @@ from relay.gateway import eventually
 from serving import Served, serving
 from standins.globus import Globus
 
+from scistream_flows.config import load_facility
 from scistream_flows.errors import ScistreamError, Unauthenticated
-from scistream_flows.facility import RestFacility
+from scistream_flows.facility import LocalFacility, RestFacility, _Verbs
 from scistream_flows.models import Release, Renewal, Request, Role, StatusQuery, read
+from scistream_flows.s2cs import S2CS
 from scistream_flows.stream import Stream, open_stream
 
 from .report import DEAD, PAST, Record
-from .scene import DETECT_S, LEASE_SLACK_S, ROLES, Scene, frozen
+from .scene import DETECT_S, FACILITIES, LEASE_SLACK_S, ROLES, Scene, frozen
 
 STREAMS: Final = 50
 # A relay that does not answer is waited for 5 s.
@@ -146,21 +148,28 @@ def test_a_service_waits_for_the_other_that_is_opening_the_same_stream(
         slow.close()
 
 
-class Unreliable(RestFacility):
+class Unreliable(_Verbs):
     """A way to a facility on which calls are delayed, and come twice: at once, and again in any order later."""
 
-    def __init__(self, address: str, chance: random.Random, **options: Any) -> None:
-        super().__init__(address, **options)
+    def __init__(self, way: _Verbs, chance: random.Random) -> None:
+        self._way = way
         self._chance = chance
         self._again: list[threading.Thread] = []
         self.sent: list[tuple[str, str]] = []
+
+    @property
+    def name(self) -> str:
+        return self._way.name
+
+    def close(self) -> None:
+        self._way.close()
 
     def _answer(self, verb: str, document: str) -> dict[str, Any]:
         time.sleep(self._chance.uniform(0, 0.05))
         for _ in range(self._chance.choice((0, 1, 2))):
             self.repeat(verb, document, after_s=self._chance.uniform(0, 0.1))
         self.sent.append((verb, document))
-        return super()._answer(verb, document)
+        return self._way._answer(verb, document)
 
     def repeat(self, verb: str, document: str, *, after_s: float) -> None:
         """The same call once more, in a while; nobody waits for its answer."""
@@ -168,7 +177,7 @@ class Unreliable(RestFacility):
         def send() -> None:
             time.sleep(after_s)
             with contextlib.suppress(ScistreamError):
-                super(Unreliable, self)._answer(verb, document)
+                self._way._answer(verb, document)
 
         self._again.append(threading.Thread(target=send))
         self._again[-1].start()
@@ -189,17 +198,24 @@ class Unreliable(RestFacility):
         self._again.clear()
 
 
+def over_http(scene: Scene, role: Role) -> RestFacility:
+    return RestFacility(scene.url(role), authorizer=lambda _: scene.services[role].token, deadline_s=30)
+
+
+def in_process(scene: Scene, role: Role) -> LocalFacility:
+    """A second service of the same facility, here."""
+    name = FACILITIES[role]
+    config = load_facility(name, file=scene.base / f"{name}.toml", environment=scene.environment)
+    return LocalFacility(S2CS(config))
+
+
+@pytest.mark.parametrize("way", [over_http, pytest.param(in_process, marks=pytest.mark.chaos)])
 def test_calls_that_come_twice_late_and_in_any_order_change_nothing(
-    scene: Scene, record: Record, chance: random.Random
+    scene: Scene, record: Record, chance: random.Random, way: Callable[[Scene, Role], _Verbs]
 ) -> None:
     """The stream that they belong to goes on untouched; what a late request opens after the release, its lease ends."""
     lease_s = 3
-    sides: dict[Role, Unreliable] = {
-        role: Unreliable(
-            scene.url(role), chance, authorizer=lambda _, role=role: scene.services[role].token, deadline_s=30
-        )
-        for role in ROLES
-    }
+    sides: dict[Role, Unreliable] = {role: Unreliable(way(scene, role), chance) for role in ROLES}
     server = scene.apps.listen()
     target = "{}:{}".format(*server.getsockname())
     stream = open_stream(
