@@ -31,23 +31,8 @@ pub async fn carry(
     let (lan, wan) = (Arc::new(lan), Arc::new(wan));
     connection.connected(onward, Legs { lan: lan.clone(), wan: wan.clone() });
     relay.streaming(connection);
-    let transfer = async {
-        match session {
-            Some(session) => match ktls::hand_over(&relay.kernel_tls, session, &wan)? {
-                Handed::ToKernel(tls) => {
-                    connection.explain_path(tls.reason());
-                    splice::relay(&lan, &wan, &*tls, connection).await
-                }
-                Handed::Back(session, reason) => {
-                    connection.explain_path(reason);
-                    tls_copy::relay(*session, &lan, &wan, connection).await
-                }
-            },
-            None => splice::relay(&lan, &wan, &splice::Clear, connection).await,
-        }
-    };
     let closing = tokio::select! {
-        ended = transfer => match ended {
+        ended = transfer(relay, connection, &lan, &wan, session) => match ended {
             Ok(()) => Closing { reason: "closed", abort: None, text: None },
             Err(error) => broken(relay.config.role, &error),
         },
@@ -60,6 +45,29 @@ pub async fn carry(
     connection.disconnected();
     drop((lan, wan));
     relay.close(connection, Some(closing));
+}
+
+/// TLS is boxed: a connection without it keeps no memory for it.
+async fn transfer(
+    relay: &Relay,
+    connection: &Connection,
+    lan: &TcpStream,
+    wan: &TcpStream,
+    session: Option<Session>,
+) -> Result<(), LegError> {
+    match session {
+        Some(session) => match ktls::hand_over(&relay.kernel_tls, session, wan)? {
+            Handed::ToKernel(tls) => {
+                connection.explain_path(tls.reason());
+                Box::pin(splice::relay(lan, wan, &*tls, connection)).await
+            }
+            Handed::Back(session, reason) => {
+                connection.explain_path(reason);
+                Box::pin(tls_copy::relay(*session, lan, wan, connection)).await
+            }
+        },
+        None => splice::relay(lan, wan, &splice::Clear, connection).await,
+    }
 }
 
 /// Who is behind an error: the application on this LAN, or whatever is behind the WAN. A WAN that has gone silent is the

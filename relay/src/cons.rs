@@ -26,23 +26,29 @@ const PAUSE_GROWTH: f64 = 1.6;
 pub async fn serve(relay: Arc<Relay>, active: Active, lan: TcpStream, source: SocketAddr) {
     let connection = relay.open(active.listener(), source);
     let _books = Books(&relay, &connection);
-    let Some(dial) = relay.dial(active.listener().index) else {
-        relay.refuse(active.listener(), NO_PEERS, source.ip());
-        return relay.close(&connection, None);
-    };
-    let called = tokio::select! {
-        called = call(&relay, &dial, Kind::Data, 0) => called,
-        reason = connection.is_cut() => {
-            return relay.close(&connection, Some(Closing { reason, abort: None, text: None }));
+    // Boxed, and over before bytes flow: a connection keeps no memory for how it began.
+    let called = Box::pin(async {
+        let Some(dial) = relay.dial(active.listener().index) else {
+            relay.refuse(active.listener(), NO_PEERS, source.ip());
+            return Err(None);
+        };
+        tokio::select! {
+            called = call(&relay, &dial, Kind::Data, 0) => match called {
+                Ok((wan, session)) => Ok((dial.address, wan, session)),
+                Err(failure) => {
+                    relay.note_probe(failure.clone());
+                    Err(Some(Closing { reason: failure.result, abort: None, text: failure.errno }))
+                }
+            },
+            reason = connection.is_cut() => Err(Some(Closing { reason, abort: None, text: None })),
         }
-    };
+    })
+    .await;
     match called {
-        Ok((wan, session)) => carry(&relay, &connection, dial.address, lan, wan, session).await,
-        Err(failure) => {
+        Ok((address, wan, session)) => carry(&relay, &connection, address, lan, wan, session).await,
+        Err(closing) => {
             drop(lan);
-            relay.note_probe(failure.clone());
-            let closing = Closing { reason: failure.result, abort: None, text: failure.errno };
-            relay.close(&connection, Some(closing));
+            relay.close(&connection, closing);
         }
     }
 }

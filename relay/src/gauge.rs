@@ -1,6 +1,7 @@
 //! Rates, and which leg limits: sampled from counters and TCP_INFO, once a tick and never in the data path.
 
-use std::time::Instant;
+use std::collections::VecDeque;
+use std::time::{Duration, Instant};
 
 use s2ds_sys::{TcpInfo, tcp_info};
 use serde_json::{Value, json};
@@ -10,7 +11,10 @@ use crate::config::Role;
 use crate::connection::{Connection, Leg, Legs, Waited};
 
 /// Rates are taken over at least this long.
-const WINDOW_S: f64 = 1.0;
+const WINDOW: Duration = Duration::from_secs(1);
+
+/// A direction that has waited for so much of the time had nothing to do in it.
+const MOST_OF_THE_TIME: f64 = 0.99;
 
 /// A sender whose pacing (BBR) has adapted to a slow reader finds the window closed for a part of the time only; one behind a
 /// slow network hardly ever does. So a closed window counts this many times.
@@ -21,24 +25,73 @@ const CLOSED_WINDOW_WEIGHT: f64 = 4.0;
 const SHORT_BYTES: f64 = 3000.0;
 const SHORT_PART: f64 = 0.0005;
 
-/// The figures of one connection between two samples.
+/// The figures of one connection between two samples. Thousands of connections may be idle, so one that moves nothing has one
+/// sample and no memory besides.
 #[derive(Default)]
 pub struct Gauge {
-    samples: std::collections::VecDeque<Sample>,
+    /// Where the window begins.
+    first: Option<Sample>,
+    later: VecDeque<Sample>,
     pub to_consumer_bits_per_s: f64,
     pub to_producer_bits_per_s: f64,
     pub shares: Option<Shares>,
     last_moved: Option<(Instant, u64)>,
 }
 
+#[derive(Clone, Copy)]
 struct Sample {
     at: Instant,
     to_consumer: u64,
     to_producer: u64,
     waited_to_consumer: Waited,
     waited_to_producer: Waited,
-    lan: TcpInfo,
-    wan: TcpInfo,
+    lan: Seen,
+    wan: Seen,
+}
+
+/// What the shares need of a leg's TCP_INFO.
+#[derive(Clone, Copy)]
+struct Seen {
+    receiver_limited_us: u64,
+    received_bytes: u64,
+    received_segments: u32,
+    receive_mss_bytes: u32,
+}
+
+impl Seen {
+    fn of(info: &TcpInfo) -> Seen {
+        Seen {
+            receiver_limited_us: info.receiver_limited_us,
+            received_bytes: info.received_bytes,
+            received_segments: info.received_segments,
+            receive_mss_bytes: info.receive_mss_bytes,
+        }
+    }
+}
+
+impl Sample {
+    /// Nothing has moved since `old`, and that because nothing came.
+    fn is_silent_since(&self, old: &Sample) -> bool {
+        let most_ns = (self.at - old.at).as_nanos() as f64 * MOST_OF_THE_TIME;
+        let waited = |new: Waited, old: Waited| new.source_ns.saturating_sub(old.source_ns) as f64 >= most_ns;
+        (self.to_consumer, self.to_producer) == (old.to_consumer, old.to_producer)
+            && waited(self.waited_to_consumer, old.waited_to_consumer)
+            && waited(self.waited_to_producer, old.waited_to_producer)
+    }
+
+    /// What this one would have been a window earlier, of a connection that has been silent since.
+    fn a_window_ago(self) -> Sample {
+        let earlier = |waited: Waited| Waited {
+            source_ns: waited.source_ns.saturating_sub(WINDOW.as_nanos() as u64),
+            ..waited
+        };
+        Sample {
+            at: self.at.checked_sub(WINDOW).unwrap_or(self.at),
+            waited_to_consumer: earlier(self.waited_to_consumer),
+            waited_to_producer: earlier(self.waited_to_producer),
+            ..self
+        }
+    }
 }
 
 /// Where the time of the larger direction went: parts of 1.
@@ -63,28 +116,53 @@ pub struct Shares {
 }
 
 impl Gauge {
-    /// Takes a sample and forgets what is older than the window. `legs` are None while the connection is not yet through.
-    pub fn sample(&mut self, now: Instant, connection: &Connection, legs: &Legs) {
-        let sample = Sample {
-            at: now,
-            to_consumer: connection.to_consumer().bytes(),
-            to_producer: connection.to_producer().bytes(),
-            waited_to_consumer: connection.to_consumer().waited(),
-            waited_to_producer: connection.to_producer().waited(),
-            lan: tcp_info(&*legs.lan).unwrap_or_default(),
-            wan: tcp_info(&*legs.wan).unwrap_or_default(),
-        };
-        let total = sample.to_consumer + sample.to_producer;
+    /// Takes a sample and forgets what is older than the window. The answer is what TCP says of the legs.
+    pub fn sample<'a>(
+        &mut self,
+        now: Instant,
+        connection: &Connection,
+        legs: &'a Legs,
+    ) -> [(Leg, &'a TcpStream, TcpInfo); 2] {
+        let lan = tcp_info(&*legs.lan).unwrap_or_default();
+        let wan = tcp_info(&*legs.wan).unwrap_or_default();
+        self.add(
+            connection,
+            Sample {
+                at: now,
+                to_consumer: connection.to_consumer().bytes(),
+                to_producer: connection.to_producer().bytes(),
+                waited_to_consumer: connection.to_consumer().waited(),
+                waited_to_producer: connection.to_producer().waited(),
+                lan: Seen::of(&lan),
+                wan: Seen::of(&wan),
+            },
+        );
+        [(Leg::Lan, &*legs.lan, lan), (Leg::Wan, &*legs.wan, wan)]
+    }
+
+    fn add(&mut self, connection: &Connection, new: Sample) {
+        let total = new.to_consumer + new.to_producer;
         if self.last_moved.is_none_or(|(_, bytes)| bytes != total) {
-            self.last_moved = Some((now, total));
+            self.last_moved = Some((new.at, total));
         }
-        self.samples.push_back(sample);
-        while self.samples.len() > 2
-            && self.samples.get(1).is_some_and(|second| (now - second.at).as_secs_f64() >= WINDOW_S)
+        let Some(mut old) = self.first else {
+            self.first = Some(new);
+            return;
+        };
+        while let Some(second) = self.later.front()
+            && new.at - second.at >= WINDOW
         {
-            self.samples.pop_front();
+            old = *second;
+            self.later.pop_front();
         }
-        let (Some(old), Some(new)) = (self.samples.front(), self.samples.back()) else { return };
+        if self.later.is_empty() && new.is_silent_since(&old) {
+            let window_ago = new.a_window_ago();
+            self.first = Some(if old.at < window_ago.at { window_ago } else { old });
+            self.later = VecDeque::new();
+        } else {
+            self.first = Some(old);
+            self.later.push_back(new);
+        }
         let elapsed_s = (new.at - old.at).as_secs_f64();
         if elapsed_s <= 0.0 {
             return;
@@ -122,13 +200,6 @@ impl Gauge {
         self.last_moved.is_none_or(|(_, bytes)| bytes != connection.bytes())
     }
 
-    /// What the last sample saw of each leg.
-    pub fn latest<'a>(&self, legs: &'a Legs) -> Vec<(Leg, &'a TcpStream, TcpInfo)> {
-        let last = self.samples.back();
-        last.map(|sample| vec![(Leg::Lan, &*legs.lan, sample.lan), (Leg::Wan, &*legs.wan, sample.wan)])
-            .unwrap_or_default()
-    }
-
     /// For how long nothing has moved; 0 until the first sample.
     pub fn idle_s(&self, now: Instant) -> f64 {
         self.last_moved.map_or(0.0, |(at, _)| (now - at).as_secs_f64())
@@ -136,7 +207,7 @@ impl Gauge {
 }
 
 /// Whether what arrived between two samples came in full segments: its sender always had more.
-fn fills_segments(before: &TcpInfo, after: &TcpInfo) -> bool {
+fn fills_segments(before: &Seen, after: &Seen) -> bool {
     let segments = f64::from(after.received_segments.wrapping_sub(before.received_segments));
     let bytes = after.received_bytes.saturating_sub(before.received_bytes) as f64;
     let short = segments * f64::from(after.receive_mss_bytes) - bytes;

@@ -31,42 +31,61 @@ pub async fn serve(
     source: SocketAddr,
     ticket: Ticket,
 ) {
-    let greeting = tokio::time::timeout(relay.handshake_timeout(), greet(&relay, &stream, source)).await;
+    // Boxed, like all that is over before bytes flow: a connection keeps no memory for how it began.
+    let admitted = Box::pin(admit(&relay, &listener, stream, source, ticket)).await;
+    let Some((wan, kind, target)) = admitted else { return };
+    match kind {
+        Kind::Data => serve_data(wan, listener, source, target).await,
+        Kind::ProbePath => Box::pin(wan.pass(&listener, Kind::ProbePath)).await,
+        Kind::ProbeTarget => Box::pin(serve_probe(wan, listener, target)).await,
+    }
+}
+
+/// What a proven peer wants, and the target it leads to. None: it has been turned away.
+async fn admit<'a>(
+    relay: &'a Relay,
+    listener: &Listener,
+    stream: TcpStream,
+    source: SocketAddr,
+    ticket: Ticket,
+) -> Option<(Wan<'a>, Kind, SocketAddr)> {
+    let greeting = tokio::time::timeout(relay.handshake_timeout(), greet(relay, &stream, source)).await;
     drop(ticket);
     let (session, request) = match greeting {
         Ok(Ok(greeted)) => greeted,
         // Dropping the stream resets it: a stranger learns nothing more.
-        Ok(Err(cause)) => return relay.refuse(&listener, cause, source.ip()),
-        Err(_) => return relay.refuse(&listener, "handshake-timeout", source.ip()),
-    };
-    let wan = Wan { relay: &relay, stream, session };
-    let request = match request {
-        Ok(request) => request,
-        Err((verdict, cause)) => {
-            relay.refuse(&listener, cause, source.ip());
-            return wan.refuse(verdict).await;
+        Ok(Err(cause)) => {
+            relay.refuse(listener, cause, source.ip());
+            return None;
+        }
+        Err(_) => {
+            relay.refuse(listener, "handshake-timeout", source.ip());
+            return None;
         }
     };
-    if request.mode != relay.config.mode {
-        return wan.refuse(Verdict::Protocol).await;
-    }
-    if request.relay_id != relay.config.relay_id || request.listener != listener.index {
-        return wan.refuse(Verdict::Denied).await;
-    }
-    if relay.config.mode.proves_keys() && request.lease_s > 0 {
-        relay.renew_from_peer(request.lease_s);
-    }
-    let Some(target) = relay.target(listener.index) else {
-        return wan.refuse(Verdict::NotReady).await;
+    let wan = Wan { relay, stream, session };
+    let verdict = match request {
+        Err((verdict, cause)) => {
+            relay.refuse(listener, cause, source.ip());
+            verdict
+        }
+        Ok(request) if request.mode != relay.config.mode => Verdict::Protocol,
+        Ok(request) if request.relay_id != relay.config.relay_id || request.listener != listener.index => {
+            Verdict::Denied
+        }
+        Ok(request) => {
+            if relay.config.mode.proves_keys() && request.lease_s > 0 {
+                relay.renew_from_peer(request.lease_s);
+            }
+            match relay.target(listener.index) {
+                None => Verdict::NotReady,
+                Some(_) if relay.is_draining() => Verdict::Busy,
+                Some(target) => return Some((wan, request.kind, target)),
+            }
+        }
     };
-    if relay.is_draining() {
-        return wan.refuse(Verdict::Busy).await;
-    }
-    match request.kind {
-        Kind::Data => serve_data(wan, listener, source, target).await,
-        Kind::ProbePath => wan.pass(&listener, Kind::ProbePath).await,
-        Kind::ProbeTarget => serve_probe(wan, listener, target).await,
-    }
+    wan.refuse(verdict).await;
+    None
 }
 
 /// What a peer that has shown itself asks for, or what it is answered instead and the cause that is counted.
@@ -140,19 +159,23 @@ async fn serve_data(mut wan: Wan<'_>, listener: Arc<Listener>, source: SocketAdd
     };
     let connection = relay.open(active.listener(), source);
     let _books = Books(relay, &connection);
-    let lan = match first_or_fresh(relay, target).await {
-        Ok(lan) => lan,
-        Err(error) => {
-            wan.unreachable(target, &error).await;
-            let closing = Closing { reason: "unreachable", abort: None, text: Some(errno::of(&error)) };
-            return relay.close(&connection, Some(closing));
+    let through = Box::pin(async move {
+        let lan = match first_or_fresh(relay, target).await {
+            Ok(lan) => lan,
+            Err(error) => {
+                wan.unreachable(target, &error).await;
+                return Err(Closing { reason: "unreachable", abort: None, text: Some(errno::of(&error)) });
+            }
+        };
+        match wan.accept().await {
+            Ok((stream, session)) => Ok((lan, stream, session)),
+            Err(text) => Err(Closing { reason: "peer", abort: None, text: Some(text) }),
         }
-    };
-    match wan.accept().await {
-        Ok((stream, session)) => carry(relay, &connection, target, lan, stream, session).await,
-        Err(text) => {
-            relay.close(&connection, Some(Closing { reason: "peer", abort: None, text: Some(text) }))
-        }
+    })
+    .await;
+    match through {
+        Ok((lan, stream, session)) => carry(relay, &connection, target, lan, stream, session).await,
+        Err(closing) => relay.close(&connection, Some(closing)),
     }
 }
 

@@ -86,19 +86,20 @@ pub async fn relay<W: Wire>(
     connection: &Connection,
 ) -> Result<(), LegError> {
     let (lan_ended, wan_ended) = (Notify::new(), Notify::new());
-    let outward = async {
-        one_way((lan, Leg::Lan), (wan, Leg::Wan), wire, connection).await?;
-        wire.end(wan).await?;
-        lan_ended.notify_one();
-        watch((lan, Leg::Lan), &wan_ended).await
-    };
-    let inward = async {
-        one_way((wan, Leg::Wan), (lan, Leg::Lan), wire, connection).await?;
-        shutdown_write(lan).map_err(|error| LegError::new(Leg::Lan, &error))?;
-        wan_ended.notify_one();
-        watch((wan, Leg::Wan), &lan_ended).await
-    };
-    tokio::try_join!(outward, inward)?;
+    tokio::try_join!(
+        async {
+            one_way((lan, Leg::Lan), (wan, Leg::Wan), wire, connection).await?;
+            wire.end(wan).await?;
+            lan_ended.notify_one();
+            watch((lan, Leg::Lan), &wan_ended).await
+        },
+        async {
+            one_way((wan, Leg::Wan), (lan, Leg::Lan), wire, connection).await?;
+            shutdown_write(lan).map_err(|error| LegError::new(Leg::Lan, &error))?;
+            wan_ended.notify_one();
+            watch((wan, Leg::Wan), &lan_ended).await
+        },
+    )?;
     wire.settle(wan, connection.lan_to_wan().bytes()).await?;
     close_in_order(lan);
     close_in_order(wan);
@@ -151,7 +152,8 @@ async fn one_way<W: Wire>(
                         wire.push(destination);
                     }
                     let _waiting = flow.waits(Wait::Destination);
-                    wait_for_room((source, source_leg), (destination, destination_leg)).await?;
+                    // Boxed: an idle connection keeps no memory for it.
+                    Box::pin(wait_for_room((source, source_leg), (destination, destination_leg))).await?;
                 }
                 Err(error) => return Err(at_destination(error)),
             }

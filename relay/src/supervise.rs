@@ -72,8 +72,7 @@ fn look_at(relay: &Relay, connection: &Connection, now: Instant) {
     let Some(legs) = connection.legs() else { return };
     let mut gauge = lock(&connection.gauge);
     if gauge.idle_s(now) < SETTLED_S || gauge.has_moved(connection) || connection.has_pause() {
-        gauge.sample(now, connection, &legs);
-        for (leg, socket, info) in gauge.latest(&legs) {
+        for (leg, socket, info) in gauge.sample(now, connection, &legs) {
             // Linux counts a closed window against TCP_USER_TIMEOUT even while the peer answers every probe (since 5.11), and
             // would cut a stream whose reader only pauses. So the time-out holds only while the peer takes data.
             let paused = info.send_window_bytes.is_some_and(|window| window < info.mss_bytes);
