@@ -25,6 +25,8 @@ pub struct Events(Mutex<Inner>);
 struct Inner {
     out: Out,
     suppressed: u64,
+    /// A line has found no room in the log.
+    full: bool,
     ended: bool,
 }
 
@@ -45,7 +47,7 @@ impl Events {
             let writer = std::thread::spawn(move || queue.iter().for_each(|line| write(&line)));
             Out::Reader { lines, writer }
         };
-        Events(Mutex::new(Inner { out, suppressed: 0, ended: false }))
+        Events(Mutex::new(Inner { out, suppressed: 0, full: false, ended: false }))
     }
 
     /// Writes one event, or counts it when there is no room.
@@ -61,10 +63,25 @@ impl Events {
                 write(&line);
                 true
             }
-            Out::Log { .. } => false,
+            Out::Log { .. } => {
+                inner.full = true;
+                false
+            }
             Out::Reader { lines, .. } => lines.try_send(line).is_ok(),
         };
         inner.suppressed += u64::from(!written);
+    }
+
+    /// The same for what each connection says: once the log was full, its fields are not even made.
+    pub fn emit_if_room(&self, event: &str, fields: impl FnOnce() -> Value) {
+        {
+            let mut inner = lock(&self.0);
+            if inner.full {
+                inner.suppressed += u64::from(!inner.ended);
+                return;
+            }
+        }
+        self.emit(event, fields());
     }
 
     /// Writes the end record and returns it; nothing follows it.

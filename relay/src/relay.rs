@@ -459,7 +459,7 @@ impl Relay {
             // Until the next division.
             let _ = s2ds_sys::set_max_pacing_rate(&*legs.wan, share);
         }
-        self.events.emit("open", connection.describe());
+        self.events.emit_if_room("open", || connection.describe());
         if first || rate > 0 || self.at_rest.load(Ordering::Relaxed) {
             self.wake.notify_one();
         }
@@ -481,14 +481,16 @@ impl Relay {
         }
         let last = live.connections.is_empty();
         drop(live);
-        let mut fields = connection.describe();
-        if let (Some(fields), Value::Object(account)) = (fields.as_object_mut(), connection.account()) {
-            fields.extend(account);
-        }
-        fields["duration_s"] = json!(connection.opened.elapsed().as_secs_f64());
-        fields["reason"] = json!(closing.reason);
-        fields["errno"] = json!(closing.text);
-        self.events.emit("close", fields);
+        self.events.emit_if_room("close", || {
+            let mut fields = connection.describe();
+            if let (Some(fields), Value::Object(account)) = (fields.as_object_mut(), connection.account()) {
+                fields.extend(account);
+            }
+            fields["duration_s"] = json!(connection.opened.elapsed().as_secs_f64());
+            fields["reason"] = json!(closing.reason);
+            fields["errno"] = json!(closing.text);
+            fields
+        });
         if last {
             self.wake.notify_one();
         }
