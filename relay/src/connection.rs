@@ -121,6 +121,7 @@ pub struct Flow {
     path: AtomicU8,
     pipe_bytes: AtomicUsize,
     no_splice: AtomicBool,
+    short: AtomicBool,
     /// 0 until then.
     ended_ns: AtomicU64,
 }
@@ -163,6 +164,15 @@ impl Flow {
 
     pub fn may_splice(&self) -> bool {
         !self.no_splice.load(Ordering::Relaxed)
+    }
+
+    /// Whether what came last was so little that the next is expected to be.
+    pub fn is_short(&self) -> bool {
+        self.short.load(Ordering::Relaxed)
+    }
+
+    pub fn loaded(&self, short: bool) {
+        self.short.store(short, Ordering::Relaxed);
     }
 
     /// This direction waits from here on, until the answer is dropped.

@@ -11,7 +11,7 @@ use tokio::net::TcpStream;
 use tokio::sync::Notify;
 
 use crate::connection::{Connection, Flow, Leg, LegError, Path, Wait};
-use crate::pipe::{PIPE_BYTES, Pipe, give_buffer, give_pipe, take_buffer, take_pipe};
+use crate::pipe::{BUFFER_BYTES, PIPE_BYTES, Pipe, give_buffer, give_pipe, take_buffer, take_pipe};
 use crate::socket::{close_in_order, shutdown_write};
 
 /// A source that has been reset may still have bytes on their way to a reader that reads; a reader that takes nothing for this
@@ -21,6 +21,11 @@ pub const FLUSH: Duration = Duration::from_secs(5);
 /// How often a busy direction moves bytes before the other connections of its thread get a turn: a few MiB. Fewer cost CPU for
 /// each byte, more let a ping beside a bulk transfer wait.
 const ROUNDS_A_TURN: u64 = 8;
+
+/// What is shorter than this is cheaper copied than spliced, and more often than not followed by its like.
+const SHORT_BYTES: usize = 4 << 10;
+/// So much is copied when something short is expected; what fills it was not.
+const SHORT_READ_BYTES: usize = 16 << 10;
 
 /// What a direction finds when it looks at its source.
 pub enum Load {
@@ -195,19 +200,37 @@ async fn wait_for_room(
 /// never goes back to the pool.
 pub enum Cargo {
     Pipe(Pipe),
+    /// And how many of its bytes have gone.
     Buffer(Vec<u8>, usize),
 }
 
 impl Cargo {
     /// Takes what the source has, at most `PIPE_BYTES`. `paths` are what it is called if it was spliced, and if it was copied.
     fn load(source: &TcpStream, flow: &Flow, (spliced, copied_path): (Path, Path)) -> io::Result<Load> {
+        if flow.is_short() {
+            let mut copied = None;
+            // Up to EAGAIN, as always: an urgent byte ends a read before the source is empty.
+            return match (
+                source.try_io(Interest::READABLE, || copy_in(source, SHORT_READ_BYTES, &mut copied)),
+                copied,
+            ) {
+                (Ok(length), Some(buffer)) => {
+                    flow.loaded(length < SHORT_BYTES);
+                    Ok(Load::Cargo(Cargo::Buffer(buffer, 0), length))
+                }
+                (Ok(_), None) => Ok(Load::End),
+                (Err(error), _) => nothing_or(error),
+            };
+        }
         if flow.may_splice() {
             if let Some(pipe) = take_pipe() {
                 let mut copied = None;
                 // splice stops in front of an urgent byte, as if there were nothing, or the end, behind it: only recv knows.
                 let moved = source.try_io(Interest::READABLE, || match splice_in(source, &pipe) {
-                    Ok(0) => copy_in(source, &mut copied),
-                    Err(error) if error.kind() == io::ErrorKind::WouldBlock => copy_in(source, &mut copied),
+                    Ok(0) => copy_in(source, BUFFER_BYTES, &mut copied),
+                    Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
+                        copy_in(source, BUFFER_BYTES, &mut copied)
+                    }
                     answer => answer,
                 });
                 match (moved, copied) {
@@ -225,6 +248,7 @@ impl Cargo {
                     }
                     (Ok(length), None) => {
                         flow.took(spliced, pipe.granted_bytes);
+                        flow.loaded(length < SHORT_BYTES);
                         return Ok(Load::Cargo(Cargo::Pipe(pipe), length));
                     }
                     // Only before a byte has moved: afterwards it is an error like any other.
@@ -247,7 +271,6 @@ impl Cargo {
             }
             Ok(length) => {
                 flow.took(copied_path, 0);
-                buffer.truncate(length);
                 Ok(Load::Cargo(Cargo::Buffer(buffer, 0), length))
             }
             Err(error) => {
@@ -264,7 +287,7 @@ impl Cargo {
                 destination.try_io(Interest::WRITABLE, || splice_out(pipe, destination, left))
             }
             Cargo::Buffer(buffer, sent) => {
-                let moved = destination.try_write(&buffer[*sent..])?;
+                let moved = destination.try_write(&buffer[*sent..*sent + left])?;
                 *sent += moved;
                 Ok(moved)
             }
@@ -290,11 +313,10 @@ pub fn splice_in(source: &TcpStream, pipe: &Pipe) -> io::Result<usize> {
 }
 
 /// One plain read; the bytes are in `copied` then.
-fn copy_in(source: &TcpStream, copied: &mut Option<Vec<u8>>) -> io::Result<usize> {
+fn copy_in(source: &TcpStream, most_bytes: usize, copied: &mut Option<Vec<u8>>) -> io::Result<usize> {
     let mut buffer = take_buffer();
-    match rustix::net::recv(source, &mut buffer[..], rustix::net::RecvFlags::DONTWAIT) {
+    match rustix::net::recv(source, &mut buffer[..most_bytes], rustix::net::RecvFlags::DONTWAIT) {
         Ok((length, _)) if length > 0 => {
-            buffer.truncate(length);
             *copied = Some(buffer);
             Ok(length)
         }

@@ -48,6 +48,24 @@ def test_an_urgent_byte_does_not_cut_the_stream_short(
     assert receive(consumer) == answer.digest()
 
 
+def test_what_follows_an_urgent_byte_arrives_though_nothing_more_comes(
+    gateway: Gateway, apps: Applications, mode: str
+) -> None:
+    """A read ends in front of it, as if that were all."""
+    server = apps.listen()
+    pair = gateway.pair(mode, [server.getsockname()])
+    consumer, producer = apps.established(server, pair.cons)
+    producer.setsockopt(socket.SOL_SOCKET, socket.SO_OOBINLINE, 1)
+    for _ in range(20):
+        consumer.sendall(b"before")
+        consumer.send(b"!", socket.MSG_OOB)
+        consumer.sendall(b"after")
+        received = b""
+        while received.replace(b"!", b"") != b"beforeafter":
+            received += producer.recv(100)
+            assert b"beforeafter".startswith(received.replace(b"!", b""))
+
+
 def test_a_peer_that_is_revoked_while_it_is_silent_is_not_admitted(
     gateway: Gateway, apps: Applications
 ) -> None:
