@@ -280,6 +280,10 @@ const FASTEST_MBITS_PER_S: u64 = 100_000_000;
 const MOST_ENTRIES: usize = 4096;
 
 impl Config {
+    pub fn user_timeout(&self) -> std::time::Duration {
+        std::time::Duration::from_secs_f64(self.user_timeout_s)
+    }
+
     /// Parses and checks one document. The message names the field and what is allowed.
     pub fn parse(text: &[u8]) -> Result<Config, String> {
         // The protocol first: a document of another version may have other fields, and that is the mistake to report.

@@ -204,7 +204,7 @@ fn run(configuration: &[u8], directory: &Path, detached: bool) -> ExitCode {
     }
     pipe::allow(listen::most_pipes(descriptors, workers), workers);
     let congestion = Congestion::of_this_system();
-    let bound = match listen::bind(&config.listen, &congestion) {
+    let bound = match listen::bind(&config.listen, &congestion, config.user_timeout()) {
         Ok(bound) => bound,
         Err(error) => return failed(EXIT_FAILED, error.code, Some(&error.errno), &error.message),
     };

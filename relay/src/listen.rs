@@ -16,6 +16,7 @@ use crate::control::MOST_CLIENTS;
 use crate::errno;
 use crate::pipe::LEAST_PIPES;
 use crate::relay::{Listener, NO_PEERS, Relay};
+use crate::socket::prepare;
 use crate::workers::{DESCRIPTORS_OF_A_RUNTIME, Workers};
 
 const BACKLOG: i32 = 4096;
@@ -45,11 +46,12 @@ pub struct BindError {
 pub fn bind(
     listen: &Listen,
     congestion: &Congestion,
+    user_timeout: Duration,
 ) -> Result<Vec<(Arc<Listener>, StdListener)>, BindError> {
     let mut taken = HashSet::new();
     let mut bound = Vec::new();
     for &index in &listen.indices {
-        let sockets = bind_one(listen, index, &mut taken, congestion)?;
+        let sockets = bind_one(listen, index, &mut taken, congestion, user_timeout)?;
         let open = Arc::new(AtomicU64::new(0));
         bound.extend(sockets.into_iter().map(|(address, socket)| {
             let listener = Listener {
@@ -71,6 +73,7 @@ fn bind_one(
     index: u16,
     taken: &mut HashSet<u16>,
     congestion: &Congestion,
+    user_timeout: Duration,
 ) -> Result<Vec<(SocketAddr, StdListener)>, BindError> {
     let kernel_chooses = listen.first_port == 0;
     let count =
@@ -83,7 +86,7 @@ fn bind_one(
         if taken.contains(&port) {
             continue;
         }
-        match open_all(listen.addresses(), port, congestion) {
+        match open_all(listen.addresses(), port, congestion, user_timeout) {
             Ok(sockets) => {
                 taken.extend(sockets.iter().map(|(address, _)| address.port()));
                 return Ok(sockets);
@@ -117,11 +120,12 @@ fn open_all(
     addresses: &[IpAddr],
     mut port: u16,
     congestion: &Congestion,
+    user_timeout: Duration,
 ) -> Result<Vec<(SocketAddr, StdListener)>, (SocketAddr, std::io::Error)> {
     let mut sockets = Vec::new();
     for &address in addresses {
         let wanted = SocketAddr::new(address, port);
-        let (address, socket) = open(wanted, congestion)
+        let (address, socket) = open(wanted, congestion, user_timeout)
             .and_then(|socket| Ok((socket.local_addr()?, socket)))
             .map_err(|error| (wanted, error))?;
         port = address.port();
@@ -130,7 +134,11 @@ fn open_all(
     Ok(sockets)
 }
 
-fn open(address: SocketAddr, congestion: &Congestion) -> std::io::Result<StdListener> {
+fn open(
+    address: SocketAddr,
+    congestion: &Congestion,
+    user_timeout: Duration,
+) -> std::io::Result<StdListener> {
     let socket =
         Socket::new(Domain::for_address(address), Type::STREAM.nonblocking().cloexec(), Some(Protocol::TCP))?;
     // Ports of ended streams are in TIME_WAIT; they are ours to use again.
@@ -140,6 +148,8 @@ fn open(address: SocketAddr, congestion: &Congestion) -> std::io::Result<StdList
         socket.set_only_v6(true)?;
     }
     congestion.begin(&socket);
+    // What is accepted inherits all of it, before anybody can know of it. The warning is given where connections are accepted.
+    let _ = prepare(&socket, user_timeout)?;
     socket.bind(&address.into())?;
     socket.listen(BACKLOG)?;
     Ok(socket.into())
@@ -180,6 +190,9 @@ pub async fn serve(
     listener: Arc<Listener>,
     socket: TcpListener,
 ) {
+    if let Ok(Some(error)) = prepare(&socket, relay.user_timeout()) {
+        relay.warn_of_keepalive(&error);
+    }
     let closes = relay.closes_listeners();
     tokio::pin!(closes);
     loop {
@@ -211,11 +224,6 @@ fn admit(
     stream: TcpStream,
     source: SocketAddr,
 ) {
-    match crate::socket::prepare(&stream, relay.user_timeout()) {
-        Ok(None) => {}
-        Ok(Some(error)) => relay.warn_of_keepalive(&error),
-        Err(_) => return,
-    }
     let cause = if relay.config.role == Role::Prod && !relay.has_peers() {
         Some(NO_PEERS)
     } else if !relay.admits_source(source.ip()) {

@@ -245,7 +245,7 @@ impl Relay {
     }
 
     pub fn user_timeout(&self) -> Duration {
-        Duration::from_secs_f64(self.config.user_timeout_s)
+        self.config.user_timeout()
     }
 
     pub fn user_timeout_ms(&self) -> u32 {

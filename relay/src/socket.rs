@@ -17,7 +17,7 @@ const KEEPALIVES_A_TIMEOUT: u32 = 3;
 /// What the kernel takes.
 const KEEPALIVE_S: (u64, u64) = (1, 32767);
 
-/// Prepares a data socket, right at accept and before connect.
+/// Prepares a data socket: before connect, and a listening one before it listens, because what is accepted inherits all of it.
 ///
 /// SO_LINGER {on, 0} comes first and stays until an orderly close: whatever ends this process, SIGKILL included, the peer sees
 /// a reset and never a clean end of a stream that was cut. No SO_RCVBUF or SO_SNDBUF: they would switch the kernel's
@@ -115,4 +115,29 @@ pub async fn write_all(stream: &TcpStream, mut bytes: &[u8]) -> io::Result<()> {
         }
     }
     Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use std::net::{Ipv4Addr, TcpListener, TcpStream};
+
+    use super::*;
+
+    #[test]
+    fn what_is_accepted_has_every_option_of_its_listening_socket() {
+        let listener = socket2::Socket::new(socket2::Domain::IPV4, socket2::Type::STREAM, None).unwrap();
+        assert!(prepare(&listener, Duration::from_secs(30)).unwrap().is_none());
+        listener.bind(&SocketAddr::from((Ipv4Addr::LOCALHOST, 0)).into()).unwrap();
+        listener.listen(1).unwrap();
+        let listener = TcpListener::from(listener);
+        let _near = TcpStream::connect(listener.local_addr().unwrap()).unwrap();
+        let (far, _) = listener.accept().unwrap();
+        assert_eq!(sockopt::socket_linger(&far), Ok(Some(Duration::ZERO)));
+        assert_eq!(sockopt::tcp_nodelay(&far), Ok(true));
+        assert_eq!(sockopt::socket_keepalive(&far), Ok(true));
+        assert_eq!(sockopt::tcp_keepidle(&far), Ok(Duration::from_secs(10)));
+        assert_eq!(sockopt::tcp_keepintvl(&far), Ok(Duration::from_secs(10)));
+        assert_eq!(sockopt::tcp_keepcnt(&far), Ok(KEEPALIVES_A_TIMEOUT));
+        assert_eq!(sockopt::tcp_user_timeout(&far), Ok(30_000));
+    }
 }
