@@ -81,21 +81,28 @@ pub struct Ciphers {
     pub extractable: bool,
     /// Of a cipher that needs a new key after so many records, how many at most; 0 is the cipher's own limit.
     pub records_per_key: u64,
+    /// Nothing is encrypted but the handshake and the preamble (mode `auth`): what is recorded of it holds no secret for later,
+    /// so neither the exchange nor the cipher has to last, and the cheapest will do.
+    pub handshake_only: bool,
 }
 
 impl Ciphers {
     fn provider(self) -> CryptoProvider {
-        let mut provider = provider::default_provider();
+        let mut crypto = provider::default_provider();
         let chacha =
             |suite: &SupportedCipherSuite| suite.suite() == CipherSuite::TLS13_CHACHA20_POLY1305_SHA256;
         // Stable: among themselves they keep the library's order.
-        provider.cipher_suites.sort_by_key(|suite| chacha(suite) != self.chacha_first);
+        crypto.cipher_suites.sort_by_key(|suite| chacha(suite) != self.chacha_first);
+        if self.handshake_only {
+            crypto.kx_groups = vec![provider::kx_group::X25519];
+            crypto.cipher_suites.sort_by_key(|suite| suite.suite() != CipherSuite::TLS13_AES_128_GCM_SHA256);
+        }
         if self.records_per_key > 0 {
-            for suite in &mut provider.cipher_suites {
+            for suite in &mut crypto.cipher_suites {
                 *suite = lowered(*suite, self.records_per_key);
             }
         }
-        provider
+        crypto
     }
 }
 
@@ -313,6 +320,16 @@ mod tests {
         let first = |chacha_first| limits(Ciphers { chacha_first, ..Ciphers::default() })[0];
         assert_eq!(first(true), (CipherSuite::TLS13_CHACHA20_POLY1305_SHA256, u64::MAX));
         assert_eq!(first(false), (CipherSuite::TLS13_AES_256_GCM_SHA384, 1 << 24));
+    }
+
+    #[test]
+    fn only_what_keeps_nothing_secret_is_exchanged_without_ml_kem() {
+        let groups = |handshake_only| {
+            let provider = Ciphers { handshake_only, ..Ciphers::default() }.provider();
+            provider.kx_groups.iter().map(|group| group.name()).collect::<Vec<_>>()
+        };
+        assert_eq!(groups(true), [rustls::NamedGroup::X25519]);
+        assert_eq!(groups(false)[0], rustls::NamedGroup::X25519MLKEM768);
     }
 
     #[test]

@@ -103,7 +103,12 @@ fn loopback() -> io::Result<(std::net::TcpStream, std::net::TcpStream)> {
 pub fn ciphers(kernel: &Result<KernelTls, Unable>, records_per_key: u64) -> Ciphers {
     let (new_keys, chacha) =
         kernel.as_ref().map_or((false, false), |kernel| (kernel.new_keys, kernel.chacha));
-    Ciphers { chacha_first: chacha && !new_keys, extractable: chacha || new_keys, records_per_key }
+    Ciphers {
+        chacha_first: chacha && !new_keys,
+        extractable: chacha || new_keys,
+        records_per_key,
+        ..Ciphers::default()
+    }
 }
 
 /// Who carries a session on.

@@ -44,7 +44,7 @@ use crate::client::Refusal;
 use crate::config::{Config, Mode, PROTOCOL, RelayId, Role};
 use crate::congestion::Congestion;
 use crate::events::Events;
-use crate::key::Identity;
+use crate::key::{Ciphers, Identity};
 use crate::ktls::KernelTls;
 use crate::relay::{End, Reason, Relay, State};
 use crate::runtime_dir::RuntimeDir;
@@ -210,7 +210,11 @@ fn run(configuration: &[u8], directory: &Path, detached: bool) -> ExitCode {
     };
     // Before listening, and making connections to itself, is given up.
     let kernel_tls = if config.mode == Mode::Tls { KernelTls::try_here() } else { Ok(KernelTls::default()) };
-    let identity = match Identity::generate(ktls::ciphers(&kernel_tls, config.records_per_key)) {
+    let ciphers = Ciphers {
+        handshake_only: config.mode == Mode::Auth,
+        ..ktls::ciphers(&kernel_tls, config.records_per_key)
+    };
+    let identity = match Identity::generate(ciphers) {
         Ok(identity) => identity,
         Err(error) => return failed(EXIT_FAILED, "io", None, &format!("key pair: {error}")),
     };
