@@ -12,7 +12,7 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 CORPUS = ROOT / "relay/fuzz/corpus"
-TARGETS = ("preamble", "handshake", "control", "configuration")
+TARGETS = ("preamble", "handshake", "records", "control", "configuration")
 
 pytestmark = [
     pytest.mark.skipif(not shutil.which("cargo"), reason="cargo is not there: the fuzz targets are in Rust"),

@@ -77,8 +77,6 @@ impl<'de> Deserialize<'de> for PublicKey {
 pub struct Ciphers {
     /// ChaCha20-Poly1305 before AES-GCM.
     pub chacha_first: bool,
-    /// The keys of a session may be taken out of it.
-    pub extractable: bool,
     /// Of a cipher that needs a new key after so many records, how many at most; 0 is the cipher's own limit.
     pub records_per_key: u64,
     /// Nothing is encrypted but the handshake and the preamble (mode `auth`): what is recorded of it holds no secret for later,
@@ -161,7 +159,7 @@ impl Identity {
             .with_cert_resolver(Arc::new(AlwaysResolvesServerRawPublicKeys::new(self.certified.clone())));
         // A ticket sent after the handshake would reach the clear text of mode auth; nothing here resumes a session.
         config.send_tls13_tickets = 0;
-        config.enable_secret_extraction = self.ciphers.extractable;
+        config.enable_secret_extraction = true;
         // ChaCha20-Poly1305 only if both ends want it first: for one that encrypts by itself, AES-GCM is faster.
         config.ignore_client_order = !self.ciphers.chacha_first;
         config.alpn_protocols = vec![ALPN.to_vec()];
@@ -183,7 +181,7 @@ impl Identity {
             )));
         config.resumption = Resumption::disabled();
         config.enable_sni = false;
-        config.enable_secret_extraction = self.ciphers.extractable;
+        config.enable_secret_extraction = true;
         config.alpn_protocols = vec![ALPN.to_vec()];
         Ok(Arc::new(config))
     }

@@ -20,22 +20,14 @@ use crate::connection::{Flow, Leg, LegError, Path, lock};
 use crate::errno;
 use crate::key::Ciphers;
 use crate::pipe::{Pipe, give_buffer, give_pipe, take_buffer, take_pipe};
+use crate::record::{ALERT, HANDSHAKE, KEPT_RECORDS, KEY_UPDATE, NEW_KEY, OVERHEAD_BYTES};
 use crate::splice::{Cargo, Load, Wire, is_unsupported, splice_in};
 use crate::tls::{Keys, Session};
 
 const LOOPBACK_TIMEOUT: Duration = Duration::from_secs(2);
-const ALERT: u8 = 21;
-const HANDSHAKE: u8 = 22;
 const CLOSE_NOTIFY: &[u8] = &[1, 0];
-/// RFC 8446, 4.6.3: a handshake message of one byte, which does not ask the peer for a new key of its own.
-const KEY_UPDATE: u8 = 24;
-const NEW_KEY: &[u8] = &[KEY_UPDATE, 0, 0, 1, 0];
-/// Header, content type and tag: what a record of TLS 1.3 has on the wire besides its bytes.
-const RECORD_OVERHEAD_BYTES: u64 = 22;
 /// A call gives at most a full pipe of 256 pages, and each page ends at most one record.
 const MOST_RECORDS_A_CALL: u64 = 260;
-/// Of each key's records so many are kept for what is no data.
-const KEPT_RECORDS: u64 = 8;
 /// A record of 16 KiB comes out of the kernel in so many pages, wherever it began in the first one, and then some. Linux 6.1
 /// loses what finds no room in the pipe, so room is what is looked at before.
 const PAGES_A_RECORD: usize = 8;
@@ -99,16 +91,11 @@ fn loopback() -> io::Result<(std::net::TcpStream, std::net::TcpStream)> {
     Ok((near, listener.accept()?.0))
 }
 
-/// Which cipher a relay wants first, and whether its sessions give their keys to the kernel.
+/// Which cipher a relay wants first.
 pub fn ciphers(kernel: &Result<KernelTls, Unable>, records_per_key: u64) -> Ciphers {
     let (new_keys, chacha) =
         kernel.as_ref().map_or((false, false), |kernel| (kernel.new_keys, kernel.chacha));
-    Ciphers {
-        chacha_first: chacha && !new_keys,
-        extractable: chacha || new_keys,
-        records_per_key,
-        ..Ciphers::default()
-    }
+    Ciphers { chacha_first: chacha && !new_keys, records_per_key, ..Ciphers::default() }
 }
 
 /// Who carries a session on.
@@ -146,7 +133,7 @@ pub fn hand_over(
         return Ok(Handed::Back(Box::new(session), Unable { call: "TCP_ULP", error }.to_string()));
     }
     let at_wan = |error: io::Error| LegError::new(Leg::Wan, &error);
-    let limit = suite.and_then(|suite| suite.tls13()).map_or(0, |suite| suite.common.confidentiality_limit);
+    let limit = session.records_per_key();
     let (secrets, keys) = session.into_keys().map_err(|error| LegError::tls(&error))?;
     let written_bytes = written_for_certain(wan).map_err(at_wan)?;
     let (first_record, sending) = secrets.tx;
@@ -214,7 +201,7 @@ impl KernelSession {
 
     /// Sends with a new key from here on.
     async fn change_key(&self, wan: &TcpStream) -> Result<(), LegError> {
-        self.send_record(wan, HANDSHAKE, NEW_KEY).await?;
+        self.send_record(wan, HANDSHAKE, &NEW_KEY).await?;
         let records = tls_next_record(wan).map_err(|error| LegError::new(Leg::Wan, &error))?;
         let next = lock(&self.keys).next_to_send().map_err(|error| LegError::tls(&error))?;
         give_key(wan, TcpTlsTx, &next, 0).map_err(|error| no_new_key(&error))?;
@@ -355,7 +342,7 @@ impl Wire for KernelSession {
         let expected_bytes = {
             let sent = lock(&self.sent);
             let records = sent.former_records + tls_next_record(wan).map_err(at_wan)? - sent.first_record;
-            sent.before_bytes + sent_bytes + sent.other_bytes + RECORD_OVERHEAD_BYTES * records
+            sent.before_bytes + sent_bytes + sent.other_bytes + OVERHEAD_BYTES as u64 * records
         };
         let (mut pause, longest) = SETTLING;
         while written_at_least(wan).map_err(at_wan)? < expected_bytes {

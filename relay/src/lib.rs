@@ -20,6 +20,7 @@ mod pace;
 mod pipe;
 pub mod preamble;
 mod prod;
+pub mod record;
 mod relay;
 mod resources;
 mod runtime_dir;

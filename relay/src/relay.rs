@@ -101,6 +101,8 @@ pub struct Relay {
     pub events: Arc<Events>,
     pub listeners: Vec<Arc<Listener>>,
     confinement: Confinement,
+    /// For the peer that was called last.
+    client_config: Mutex<Option<(PublicKey, Arc<ClientConfig>)>>,
     /// What the kernel's TLS can do for mode `tls`.
     pub kernel_tls: Result<KernelTls, Unable>,
     pub congestion: Congestion,
@@ -235,6 +237,7 @@ impl Relay {
             events,
             listeners,
             confinement,
+            client_config: Mutex::default(),
             kernel_tls,
             congestion,
         })
@@ -264,8 +267,15 @@ impl Relay {
         self.server_config.clone()
     }
 
+    /// The connections to one peer share it: each keeps it to its end.
     pub fn client_config(&self, pin: PublicKey) -> Result<Arc<ClientConfig>, rustls::Error> {
-        self.identity.client(pin)
+        let mut last = lock(&self.client_config);
+        if let Some((_, config)) = last.as_ref().filter(|(of, _)| *of == pin) {
+            return Ok(config.clone());
+        }
+        let config = self.identity.client(pin)?;
+        *last = Some((pin, config.clone()));
+        Ok(config)
     }
 
     // ---- who may connect, and where to ----

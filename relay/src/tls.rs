@@ -50,6 +50,10 @@ pub enum Keys {
 }
 
 impl Keys {
+    pub fn is_client(&self) -> bool {
+        matches!(self, Keys::Client(_))
+    }
+
     /// The key to send with after a KeyUpdate has been sent; its records count from 0.
     pub fn next_to_send(&mut self) -> Result<ConnectionTrafficSecrets, rustls::Error> {
         let (_, secrets) = match self {
@@ -92,13 +96,6 @@ impl Outbox {
         if self.is_empty() {
             self.sent = 0;
             self.filled = 0;
-        }
-    }
-
-    /// Gives the memory up; for a connection that is idle.
-    pub fn release(&mut self) {
-        if self.is_empty() {
-            self.buffer = Vec::new();
         }
     }
 
@@ -167,6 +164,11 @@ impl Session {
             Side::Client(connection) => connection.negotiated_cipher_suite(),
             Side::Server(connection) => connection.negotiated_cipher_suite(),
         }
+    }
+
+    /// How many records one key may make.
+    pub fn records_per_key(&self) -> u64 {
+        self.suite().and_then(|suite| suite.tls13()).map_or(0, |suite| suite.common.confidentiality_limit)
     }
 
     /// Everything that has left the kernel was taken from here, and everything for the peer was written.
@@ -381,7 +383,8 @@ fn handle<Data>(
     let seen = match status.state {
         Err(error) => Seen::Failed(error),
         Ok(ConnectionState::EncodeTlsData(mut data)) => {
-            let mut written = data.encode(outgoing.room(LONGEST_RECORD_BYTES));
+            // It says how long it is: room for a longest record would be zeroed for each that is short.
+            let mut written = data.encode(&mut []);
             if let Err(EncodeError::InsufficientSize(more)) = &written {
                 written = data.encode(outgoing.room(more.required_size));
             }

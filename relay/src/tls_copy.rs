@@ -1,21 +1,32 @@
 //! Carries the bytes of one connection in mode `tls`: TLS 1.3 on the WAN socket, clear text on the LAN socket, both ways in
-//! one task because they share the session.
+//! one task because they share the session. What the kernel gave into a buffer is sealed or opened there, and given on.
 
-use std::io;
+use std::io::{self, IoSlice};
+use std::ops::Range;
+use std::time::Duration;
 
+use rustls::AlertDescription;
 use tokio::io::{Interest, Ready};
 use tokio::net::TcpStream;
 
 use crate::connection::{Connection, Flow, Leg, LegError, Path, Wait, Waiting};
-use crate::pipe::{give_buffer, take_buffer};
+use crate::pipe::{BUFFER_BYTES, give_buffer, take_buffer};
+use crate::record::{ALERT_BYTES, Content, Fault, Records, length_of_first, slots};
 use crate::socket::{close_in_order, shutdown_write};
 use crate::splice::FLUSH;
 use crate::tls::{HEADER_BYTES, LONGEST_RECORD_BYTES, Session};
 
-/// One round of either direction. Large enough to fill a send call, small enough to stay in the cache.
-const CHUNK_BYTES: usize = 128 << 10;
 /// As in `splice`; a round is smaller here, and dearer.
 const ROUNDS_A_TURN: u64 = 8;
+/// Part of a record is moved to the front of its buffer when there is less room than this behind it.
+const LEAST_ROOM_BYTES: usize = BUFFER_BYTES / 2;
+/// Less than this is moved up to what comes before it: a piece of its own costs a call more than so many bytes.
+const LEAST_PIECE_BYTES: usize = 2048;
+/// Of so many pieces one call takes care.
+const PIECES_A_CALL: usize = 32;
+
+/// For so long a connection keeps what it can make again from its keys.
+const AWAKE: Duration = Duration::from_secs(1);
 
 /// Relays until both sides have ended in order (FIN on the LAN, close_notify on the WAN) or the first error. A WAN that ends
 /// without close_notify was cut, and counts as reset.
@@ -27,15 +38,7 @@ pub async fn relay(
 ) -> Result<(), LegError> {
     connection.lan_to_wan().took(Path::TlsCopy, 0);
     connection.wan_to_lan().took(Path::TlsCopy, 0);
-    let mut pump = Pump {
-        session,
-        inbox: Inbox::default(),
-        delivered: 0,
-        unsent: 0,
-        lan_ended: false,
-        lan_shut: false,
-        wan_shut: false,
-    };
+    let mut pump = Pump::of(session).map_err(|error| LegError::tls(&error))?;
     let mut rounds = 0_u64;
     while !(pump.lan_shut && pump.wan_shut) {
         let inward = pump.inward(lan, wan, connection)?;
@@ -54,27 +57,143 @@ pub async fn relay(
     Ok(())
 }
 
+/// An idle connection has its keys and no buffer.
 struct Pump {
-    session: Session,
-    inbox: Inbox,
-    /// How much of `session.plain` the LAN has taken.
-    delivered: usize,
-    /// Plaintext bytes that `session.outgoing` stands for.
-    unsent: usize,
+    records: Records,
+    inbox: Option<Inbox>,
+    outbox: Option<Outbox>,
     lan_ended: bool,
+    wan_ended: bool,
     lan_shut: bool,
     wan_shut: bool,
 }
 
-/// Ciphertext from the WAN: at most a part of one record between two rounds. It has memory only while it has bytes.
-#[derive(Default)]
+/// What came from the WAN: opened pieces for the LAN, and then at most a part of one record.
 struct Inbox {
-    buffer: Option<Vec<u8>>,
-    length: usize,
+    buffer: Vec<u8>,
+    /// In the order of the stream, none of them empty.
+    pieces: Vec<Range<usize>>,
+    /// So many of the pieces the LAN has taken.
+    delivered: usize,
+    /// What is not opened yet.
+    sealed: Range<usize>,
+}
+
+/// Records for the WAN.
+struct Outbox {
+    buffer: Vec<u8>,
+    unsent: Range<usize>,
+    /// How many bytes of the LAN are in them.
+    content_bytes: usize,
+}
+
+impl Inbox {
+    fn take() -> Inbox {
+        Inbox { buffer: take_buffer(), pieces: Vec::new(), delivered: 0, sealed: 0..0 }
+    }
+
+    fn has_pieces(&self) -> bool {
+        self.delivered < self.pieces.len()
+    }
+
+    /// Where the next bytes of the WAN go. Only while there are no pieces. There is always room for the rest of a record.
+    fn room(&mut self) -> &mut [u8] {
+        if self.buffer.len() - self.sealed.end < LEAST_ROOM_BYTES {
+            self.buffer.copy_within(self.sealed.clone(), 0);
+            self.sealed = 0..self.sealed.len();
+        }
+        &mut self.buffer[self.sealed.end..]
+    }
+
+    /// Opens every whole record; true if the peer's direction has ended in order.
+    fn open(&mut self, records: &mut Records) -> Result<bool, Fault> {
+        while let Some(length) = length_of_first(&self.buffer[self.sealed.clone()])? {
+            if self.sealed.len() < length {
+                break;
+            }
+            let record = self.sealed.start..self.sealed.start + length;
+            self.sealed.start = record.end;
+            match records.open(&mut self.buffer[record.clone()])? {
+                Content::Data(length) => self.add(record.start + HEADER_BYTES, length),
+                Content::Nothing => {}
+                Content::CloseNotify => {
+                    self.sealed = 0..0;
+                    return Ok(true);
+                }
+            }
+        }
+        debug_assert!(self.sealed.len() < HEADER_BYTES + LONGEST_RECORD_BYTES);
+        Ok(false)
+    }
+
+    fn add(&mut self, start: usize, length: usize) {
+        match self.pieces.last_mut() {
+            Some(last) if length < LEAST_PIECE_BYTES => {
+                self.buffer.copy_within(start..start + length, last.end);
+                last.end += length;
+            }
+            _ if length > 0 => self.pieces.push(start..start + length),
+            _ => {}
+        }
+    }
+
+    /// Gives the LAN what it takes in one call.
+    fn deliver(&mut self, lan: &TcpStream) -> io::Result<usize> {
+        let mut slices = [IoSlice::new(&[]); PIECES_A_CALL];
+        let undelivered = &self.pieces[self.delivered..];
+        for (slice, piece) in slices.iter_mut().zip(undelivered) {
+            *slice = IoSlice::new(&self.buffer[piece.clone()]);
+        }
+        let moved = lan.try_write_vectored(&slices[..undelivered.len().min(PIECES_A_CALL)])?;
+        let mut left = moved;
+        while left > 0 {
+            let piece = &mut self.pieces[self.delivered];
+            let taken = left.min(piece.len());
+            piece.start += taken;
+            left -= taken;
+            if Range::is_empty(piece) {
+                self.delivered += 1;
+            }
+        }
+        if !self.has_pieces() {
+            self.pieces.clear();
+            self.delivered = 0;
+        }
+        Ok(moved)
+    }
 }
 
 impl Pump {
-    /// WAN to LAN. Reads only when everything before has been delivered, so memory is bounded by one chunk.
+    /// Goes on where a session stands that may have received data already, and may have to send some.
+    fn of(mut session: Session) -> Result<Pump, rustls::Error> {
+        let (plain, outgoing) = (std::mem::take(&mut session.plain), session.outgoing.pending().to_vec());
+        let wan_ended = session.peer_closed;
+        let mut pump = Pump {
+            records: Records::of(session)?,
+            inbox: None,
+            outbox: None,
+            lan_ended: false,
+            wan_ended,
+            lan_shut: false,
+            wan_shut: false,
+        };
+        if !plain.is_empty() {
+            let mut inbox = Inbox { buffer: plain, pieces: Vec::new(), delivered: 0, sealed: 0..0 };
+            inbox.add(0, inbox.buffer.len());
+            pump.inbox = Some(inbox);
+        }
+        if !outgoing.is_empty() {
+            let unsent = 0..outgoing.len();
+            pump.outbox = Some(Outbox { buffer: outgoing, unsent, content_bytes: 0 });
+        }
+        Ok(pump)
+    }
+
+    fn to_lan(&self) -> bool {
+        self.inbox.as_ref().is_some_and(Inbox::has_pieces)
+    }
+
+    /// WAN to LAN. Reads only when everything before has been delivered, so memory is bounded by one buffer.
     fn inward(
         &mut self,
         lan: &TcpStream,
@@ -82,19 +201,13 @@ impl Pump {
         connection: &Connection,
     ) -> Result<bool, LegError> {
         let flow = connection.wan_to_lan();
-        if self.delivered < self.session.plain.len() {
-            let Some(moved) = at(Leg::Lan, lan.try_write(&self.session.plain[self.delivered..]))? else {
-                return Ok(false);
-            };
-            self.delivered += moved;
-            flow.add(moved);
-            if self.delivered == self.session.plain.len() {
-                self.session.plain.clear();
-                self.delivered = 0;
-            }
-            return Ok(true);
+        if let Some(inbox) = self.inbox.as_mut().filter(|inbox| inbox.has_pieces()) {
+            let moved = at(Leg::Lan, inbox.deliver(lan))?;
+            flow.add(moved.unwrap_or(0));
+            self.give_back_inbox();
+            return Ok(moved.is_some());
         }
-        if self.session.peer_closed {
+        if self.wan_ended {
             if !self.lan_shut {
                 flow.end();
                 shutdown_write(lan).map_err(|error| LegError::new(Leg::Lan, &error))?;
@@ -103,36 +216,52 @@ impl Pump {
             }
             return Ok(false);
         }
-        let mut buffer = self.inbox.buffer.take().unwrap_or_else(take_buffer);
-        let read =
-            at(Leg::Wan, wan.try_read(&mut buffer[self.inbox.length..self.inbox.length + CHUNK_BYTES]));
-        let progress = match read {
+        let inbox = self.inbox.get_or_insert_with(Inbox::take);
+        let progress = match at(Leg::Wan, wan.try_read(inbox.room())) {
             // The far relay says close_notify or resets; only a network or a dying host ends like this.
             Ok(Some(0)) => Err(LegError::silent(Leg::Wan, "the WAN ended without close_notify")),
             Ok(Some(read)) => {
-                self.inbox.length += read;
-                match self.session.receive(&mut buffer[..self.inbox.length]) {
-                    Ok(done) => {
-                        buffer.copy_within(done..self.inbox.length, 0);
-                        self.inbox.length -= done;
-                        if !self.session.plain.is_empty() {
-                            connection.first_byte();
-                        }
+                inbox.sealed.end += read;
+                let opened = inbox.open(&mut self.records);
+                if inbox.has_pieces() {
+                    connection.first_byte();
+                }
+                match opened {
+                    Ok(ended) => {
+                        self.wan_ended = ended;
                         Ok(true)
                     }
-                    Err(error) => Err(LegError::tls(&error)),
+                    Err(fault) => {
+                        // What was in order before it arrives, as far as the LAN takes it now.
+                        if inbox.has_pieces() {
+                            flow.add(inbox.deliver(lan).unwrap_or(0));
+                        }
+                        self.tell(&fault, wan);
+                        Err(LegError::tls(&fault.error))
+                    }
                 }
             }
             Ok(None) => Ok(false),
             Err(error) => Err(error),
         };
-        if self.inbox.length == 0 {
-            give_buffer(buffer);
-        } else {
-            debug_assert!(self.inbox.length < HEADER_BYTES + LONGEST_RECORD_BYTES);
-            self.inbox.buffer = Some(buffer);
-        }
+        self.give_back_inbox();
         progress
+    }
+
+    /// An inbox without bytes has no buffer.
+    fn give_back_inbox(&mut self) {
+        if let Some(inbox) = self.inbox.take_if(|inbox| !inbox.has_pieces() && inbox.sealed.is_empty()) {
+            give_buffer(inbox.buffer);
+        }
+    }
+
+    /// Says why the session is over, if that is possible now: not within a record that is being sent.
+    fn tell(&mut self, fault: &Fault, wan: &TcpStream) {
+        if let (Some(alert), None, false) = (fault.alert, &self.outbox, self.lan_ended) {
+            if let Ok(record) = self.records.seal_alert(alert) {
+                let _ = wan.try_write(&record);
+            }
+        }
     }
 
     /// LAN to WAN. Reads only when everything before has been sent.
@@ -143,13 +272,14 @@ impl Pump {
         connection: &Connection,
     ) -> Result<bool, LegError> {
         let flow = connection.lan_to_wan();
-        if !self.session.outgoing.is_empty() {
-            let Some(moved) = at(Leg::Wan, wan.try_write(self.session.outgoing.pending()))? else {
+        if let Some(outbox) = &mut self.outbox {
+            let Some(moved) = at(Leg::Wan, wan.try_write(&outbox.buffer[outbox.unsent.clone()]))? else {
                 return Ok(false);
             };
-            self.session.outgoing.sent(moved);
-            if self.session.outgoing.is_empty() {
-                flow.add(std::mem::take(&mut self.unsent));
+            outbox.unsent.start += moved;
+            if let Some(sent) = self.outbox.take_if(|outbox| outbox.unsent.is_empty()) {
+                flow.add(sent.content_bytes);
+                give_buffer(sent.buffer);
             }
             return Ok(true);
         }
@@ -163,21 +293,34 @@ impl Pump {
             return Ok(false);
         }
         let mut buffer = take_buffer();
-        let progress = match at(Leg::Lan, lan.try_read(&mut buffer[..CHUNK_BYTES])) {
+        let unsent = match at(Leg::Lan, lan.try_read_vectored(&mut slots(&mut buffer))) {
             Ok(Some(0)) => {
                 self.lan_ended = true;
-                self.session.send_close_notify().map(|()| true).map_err(|error| LegError::tls(&error))
+                self.records.seal_alert(AlertDescription::CloseNotify).map(|record| {
+                    buffer[..ALERT_BYTES].copy_from_slice(&record);
+                    Some((0..ALERT_BYTES, 0))
+                })
             }
             Ok(Some(read)) => {
                 connection.first_byte();
-                self.unsent = read;
-                self.session.send(&buffer[..read]).map(|()| true).map_err(|error| LegError::tls(&error))
+                self.records.seal_data(&mut buffer, read).map(|unsent| Some((unsent, read)))
             }
-            Ok(None) => Ok(false),
-            Err(error) => Err(error),
+            Ok(None) => Ok(None),
+            Err(error) => {
+                give_buffer(buffer);
+                return Err(error);
+            }
         };
-        give_buffer(buffer);
-        progress
+        match unsent.map_err(|error| LegError::tls(&error))? {
+            Some((unsent, content_bytes)) => {
+                self.outbox = Some(Outbox { buffer, unsent, content_bytes });
+                Ok(true)
+            }
+            None => {
+                give_buffer(buffer);
+                Ok(false)
+            }
+        }
     }
 
     /// Nothing could move: waits for what would change that, and on each leg for a reset even if nothing is wanted from it.
@@ -187,20 +330,18 @@ impl Pump {
         wan: &TcpStream,
         connection: &Connection,
     ) -> Result<(), LegError> {
-        let to_lan = self.delivered < self.session.plain.len();
-        let to_wan = !self.session.outgoing.is_empty();
-        if !to_lan && !to_wan {
-            // Idle connections cost two descriptors and a session, no buffers.
-            self.session.outgoing.release();
-            self.session.plain = Vec::new();
-        }
+        let (to_lan, to_wan) = (self.to_lan(), self.outbox.is_some());
         let _outward = waits(to_wan, self.lan_ended, connection.lan_to_wan());
-        let _inward = waits(to_lan, self.session.peer_closed, connection.wan_to_lan());
+        let _inward = waits(to_lan, self.wan_ended, connection.wan_to_lan());
         let lan_wants = wants(!to_wan && !self.lan_ended, to_lan);
-        let wan_wants = wants(!to_lan && !self.session.peer_closed, to_wan);
+        let wan_wants = wants(!to_lan && !self.wan_ended, to_wan);
         let (leg, ready) = tokio::select! {
             ready = lan.ready(lan_wants) => (Leg::Lan, ready),
             ready = wan.ready(wan_wants) => (Leg::Wan, ready),
+            () = tokio::time::sleep(AWAKE), if self.records.is_awake() => {
+                self.records.rest();
+                return Ok(());
+            }
         };
         let ready = ready.map_err(|error| LegError::new(leg, &error))?;
         let only_an_error =
@@ -254,5 +395,58 @@ fn at(leg: Leg, answer: io::Result<usize>) -> Result<Option<usize>, LegError> {
         Err(error) if error.kind() == io::ErrorKind::WouldBlock => Ok(None),
         Err(error) if error.kind() == io::ErrorKind::Interrupted => Ok(None),
         Err(error) => Err(LegError::new(leg, &error)),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::key::Ciphers;
+    use crate::record::OVERHEAD_BYTES;
+    use crate::record::tests::pair;
+
+    /// What the peer says in records of these lengths, read by so many bytes a time at the most.
+    fn opened(lengths: &[usize], read_bytes: impl Fn(usize) -> usize) {
+        let (mut client, mut server) = pair(Ciphers::default());
+        let (mut said, mut wire) = (Vec::new(), Vec::new());
+        for (number, length) in lengths.iter().enumerate() {
+            let content: Vec<u8> = (0..*length).map(|place| (place * 7 + number) as u8).collect();
+            let mut record = vec![0; length + OVERHEAD_BYTES];
+            record[HEADER_BYTES..][..*length].copy_from_slice(&content);
+            client.seal(23, &mut record).unwrap();
+            said.extend(content);
+            wire.extend(record);
+        }
+        let (mut inbox, mut heard, mut calls) = (Inbox::take(), Vec::new(), 0);
+        while !wire.is_empty() {
+            let room = inbox.room();
+            let count = wire.len().min(room.len()).min(read_bytes(calls).max(1));
+            assert!(!room.is_empty());
+            room[..count].copy_from_slice(&wire[..count]);
+            wire.drain(..count);
+            inbox.sealed.end += count;
+            assert!(!inbox.open(&mut server).unwrap());
+            assert!(inbox.pieces.iter().all(|piece| piece.end <= inbox.sealed.start));
+            for piece in std::mem::take(&mut inbox.pieces) {
+                heard.extend_from_slice(&inbox.buffer[piece]);
+            }
+            calls += 1;
+        }
+        assert!(inbox.sealed.is_empty());
+        assert!(heard == said);
+    }
+
+    #[test]
+    fn records_of_any_length_in_pieces_of_any_length_are_the_stream_again() {
+        let full: Vec<usize> = vec![16384; 60];
+        let mixed: Vec<usize> =
+            (0..400).map(|number| [0, 1, 64, 2047, 2048, 9000, 16384][number * number % 7]).collect();
+        for lengths in [&full, &mixed, &vec![64; 5000]] {
+            for read_bytes in [usize::MAX, 200_000, 65_536, 16_406, 4_000] {
+                opened(lengths, |_| read_bytes);
+            }
+            opened(lengths, |call| call * 7919 % 40_000);
+        }
+        opened(&[16384, 1, 300], |_| 1);
     }
 }

@@ -8,7 +8,8 @@ use rustls::{ClientConfig, ServerConfig};
 use s2ds::config::Config;
 use s2ds::key::{Ciphers, Identity};
 use s2ds::preamble::{ANSWER_BYTES, Answer, REQUEST_BYTES, Request};
-use s2ds::tls::Session;
+use s2ds::record::{ALERT_BYTES, Content, OVERHEAD_BYTES, Records, length_of_first};
+use s2ds::tls::{HEADER_BYTES, Session};
 
 /// With `PLANTED` in the environment there is a fault to be found, so that it can be seen that finding works.
 static PLANTED: LazyLock<bool> = LazyLock::new(|| std::env::var_os("PLANTED").is_some());
@@ -52,17 +53,71 @@ pub fn configuration(data: &[u8]) {
     }
 }
 
+/// Two relays that know each other.
+static CONFIGS: LazyLock<(Arc<ServerConfig>, Arc<ClientConfig>)> = LazyLock::new(|| {
+    let identity = || Identity::generate(Ciphers::default()).expect("a key");
+    let (prod, cons) = (identity(), identity());
+    let admitted = Arc::new(RwLock::new(vec![cons.public]));
+    (prod.server(admitted).expect("a server"), cons.client(prod.public).expect("a client"))
+});
+
+fn parties() -> (Party, Party) {
+    let server = Session::server(CONFIGS.0.clone()).expect("a session");
+    let client = Session::client(CONFIGS.1.clone()).expect("a session");
+    (Party::new(server), Party::new(client))
+}
+
+/// What a peer that has proven its key puts into its records: none of it is believed, and data arrives as it was said. The
+/// first byte says which peer, and whether its words are sealed.
+pub fn records(data: &[u8]) {
+    let Some((how, mut said)) = data.split_first() else { return };
+    let (mut server, mut client) = parties();
+    client.hears(Vec::new(), 0);
+    for _ in 0..2 {
+        server.hears(client.says(), 0);
+        client.hears(server.says(), 0);
+    }
+    let [mut server, mut client] = [server, client].map(|party| Records::of(party.session).expect("keys"));
+    let (from, to) = if how & 1 == 0 { (&mut client, &mut server) } else { (&mut server, &mut client) };
+    if how & 2 != 0 {
+        let mut bytes = said.to_vec();
+        while let Ok(Some(length)) = length_of_first(&bytes)
+            && length <= bytes.len()
+        {
+            assert!(to.open(&mut bytes[..length]).is_err(), "nobody but the peer has the key");
+            bytes.drain(..length);
+        }
+        return;
+    }
+    while let Some(([content_type, high, low], rest)) = said.split_first_chunk::<3>() {
+        let length = usize::from(u16::from_be_bytes([*high, *low]));
+        let (content, rest) = rest.split_at(rest.len().min(length));
+        let mut record = vec![0; length + OVERHEAD_BYTES];
+        record[HEADER_BYTES..][..content.len()].copy_from_slice(content);
+        if from.seal(*content_type, &mut record).is_err() || length_of_first(&record).is_err() {
+            return;
+        }
+        match to.open(&mut record) {
+            Ok(Content::Data(opened)) => assert_eq!(
+                &record[HEADER_BYTES..][..opened.min(content.len())],
+                &content[..opened.min(content.len())]
+            ),
+            Ok(Content::Nothing) => {}
+            Ok(Content::CloseNotify) => return,
+            Err(fault) => {
+                let alert = fault.alert.map(|alert| to.seal_alert(alert).expect("an alert"));
+                assert!(alert.is_none_or(|alert| alert.len() == ALERT_BYTES));
+                return;
+            }
+        }
+        said = rest;
+    }
+}
+
 /// Two relays that shake hands, with somebody between them who changes what he likes; the first byte says what.
 pub fn handshake(data: &[u8]) {
-    static CONFIGS: LazyLock<(Arc<ServerConfig>, Arc<ClientConfig>)> = LazyLock::new(|| {
-        let identity = || Identity::generate(Ciphers::default()).expect("a key");
-        let (prod, cons) = (identity(), identity());
-        let admitted = Arc::new(RwLock::new(vec![cons.public]));
-        (prod.server(admitted).expect("a server"), cons.client(prod.public).expect("a client"))
-    });
     let Some((how, mut edits)) = data.split_first() else { return };
-    let mut server = Party::new(Session::server(CONFIGS.0.clone()).expect("a session"));
-    let mut client = Party::new(Session::client(CONFIGS.1.clone()).expect("a session"));
+    let (mut server, mut client) = parties();
     if how & 1 != 0 {
         // nothing but what the fuzzer says
         server.hears(edits.to_vec(), usize::from(how >> 4));
