@@ -149,6 +149,7 @@ async fn call(
 pub async fn probe(relay: Arc<Relay>) {
     let mut pause_s = FIRST_PAUSE_S;
     loop {
+        let began = Instant::now();
         if !relay.is_proven_through() {
             let kind = if relay.config.probe == Probe::Target { Kind::ProbeTarget } else { Kind::ProbePath };
             match probe_all(&relay, kind).await {
@@ -168,7 +169,10 @@ pub async fn probe(relay: Arc<Relay>) {
                 relay.probe_wake.notified().await;
             }
         } else {
-            let jittered = Duration::from_secs_f64(pause_s * (0.75 + 0.5 * fastrand::f64()));
+            // A probe that PROD has held until now was the pause.
+            let jittered = Duration::from_secs_f64(pause_s * (0.75 + 0.5 * fastrand::f64()))
+                .saturating_sub(began.elapsed())
+                .max(Duration::from_secs_f64(FIRST_PAUSE_S));
             // Waking early costs one round of probes; what has changed is probably what they wait for.
             let _ = tokio::time::timeout(jittered, relay.probe_wake.notified()).await;
             pause_s = (pause_s * PAUSE_GROWTH).min(LONGEST_PAUSE_S);

@@ -2,7 +2,7 @@
 
 use std::collections::{HashMap, HashSet};
 use std::net::{IpAddr, SocketAddr, TcpListener as StdListener};
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
@@ -61,6 +61,7 @@ pub fn bind(
                 active: AtomicU64::new(0),
                 accepted: AtomicU64::new(0),
                 refused: AtomicU64::new(0),
+                has_said_not_ready: AtomicBool::new(false),
             };
             (Arc::new(listener), socket)
         }));
@@ -360,6 +361,7 @@ mod tests {
             active: AtomicU64::new(0),
             accepted: AtomicU64::new(0),
             refused: AtomicU64::new(0),
+            has_said_not_ready: AtomicBool::new(false),
         });
         let (workers, most, rounds) = (4, 2, 20_000);
         let barrier = Barrier::new(workers);

@@ -3,6 +3,7 @@
 use std::io;
 use std::net::SocketAddr;
 use std::sync::Arc;
+use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
 use rustix::net::RecvFlags;
@@ -19,6 +20,8 @@ use crate::tls::{HandshakeError, Session};
 
 /// An application that has sent something and closed within this time after it was connected had a session, a short one.
 const WHOLE_SESSION: Duration = Duration::from_secs(5);
+/// Of the handshake's time-out, which CONS grants besides the time for connecting onwards: so long may a probe wait for a target.
+const HELD: f64 = 0.8;
 /// Between two attempts at a target that has changed.
 const FIRST_PAUSE: Duration = Duration::from_millis(250);
 const LONGEST_PAUSE: Duration = Duration::from_secs(2);
@@ -77,7 +80,11 @@ async fn admit<'a>(
             if relay.config.mode.proves_keys() && request.lease_s > 0 {
                 relay.renew_from_peer(request.lease_s);
             }
-            match relay.target(listener.index) {
+            let target = match request.kind {
+                Kind::ProbePath | Kind::ProbeTarget => Box::pin(target_for_probe(relay, listener)).await,
+                Kind::Data => relay.target(listener.index),
+            };
+            match target {
                 None => Verdict::NotReady,
                 Some(_) if relay.is_draining() => Verdict::Busy,
                 Some(target) => return Some((wan, request.kind, target)),
@@ -132,6 +139,20 @@ async fn greet(
         Err(verdict) => Err((verdict, "preamble")),
     };
     Ok((session, asked))
+}
+
+/// The target; or, where the first probe has been told at once that there is none yet, the one that comes within the time that
+/// CONS waits for an answer: a thousand streams that wait for their producers cost hardly a handshake, and each is READY at once.
+async fn target_for_probe(relay: &Relay, listener: &Listener) -> Option<SocketAddr> {
+    let target = relay.target(listener.index);
+    if target.is_some() || !listener.has_said_not_ready.swap(true, Ordering::Relaxed) {
+        return target;
+    }
+    tokio::select! {
+        target = relay.target_comes(listener.index) => Some(target),
+        () = tokio::time::sleep(relay.handshake_timeout().mul_f64(HELD)) => None,
+        () = relay.closes_listeners() => None,
+    }
 }
 
 /// Connects to the application and keeps that connection for the first user, so that a server which takes one session only

@@ -93,6 +93,8 @@ pub struct Listener {
     pub active: AtomicU64,
     pub accepted: AtomicU64,
     pub refused: AtomicU64,
+    /// A probe has been told that there is no target yet: the next ones wait for one.
+    pub has_said_not_ready: AtomicBool,
 }
 
 pub struct Relay {
@@ -114,6 +116,8 @@ pub struct Relay {
     at_rest: AtomicBool,
     /// Wakes the prober: peers have changed, or a lease is to be passed on.
     pub probe_wake: Notify,
+    /// Wakes whoever waits for what an update may bring.
+    changed: Notify,
     /// One probe of a target at a time.
     pub probing: tokio::sync::Mutex<()>,
     server_config: Arc<ServerConfig>,
@@ -200,6 +204,7 @@ impl Relay {
             record: watch::Sender::new(None),
             wake: Notify::new(),
             probe_wake: Notify::new(),
+            changed: Notify::new(),
             started: now,
             live: Mutex::new(Live {
                 targets: config.targets.clone(),
@@ -320,6 +325,20 @@ impl Relay {
     pub fn target(&self, index: u16) -> Option<SocketAddr> {
         let live = self.live();
         (!live.targets.is_empty()).then(|| live.targets[usize::from(index) % live.targets.len()])
+    }
+
+    /// The same, once there is one.
+    pub async fn target_comes(&self, index: u16) -> SocketAddr {
+        loop {
+            let changed = self.changed.notified();
+            tokio::pin!(changed);
+            // From here on no change is missed.
+            changed.as_mut().enable();
+            if let Some(target) = self.target(index) {
+                return target;
+            }
+            changed.await;
+        }
     }
 
     /// The PROD listener that LAN listener `index` of a CONS relay dials: the (index mod n)-th by its number.
@@ -667,6 +686,7 @@ impl Relay {
         }
         drop(live);
         self.probe_wake.notify_one();
+        self.changed.notify_waiters();
         self.wake.notify_one();
     }
 

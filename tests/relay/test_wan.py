@@ -1,6 +1,7 @@
 """What travels between the two relays: the request, the answer, and who may read what follows."""
 
 import json
+import select
 import socket
 import subprocess
 from contextlib import suppress
@@ -12,7 +13,8 @@ import pytest
 from .apps import Applications, Payload, Tap, nobody_waits, receive_exactly
 from .gateway import Gateway, Relay, eventually, join
 
-OK, DENIED, PROTOCOL = 0, 3, 5
+OK, DENIED, NOT_READY, PROTOCOL = 0, 3, 4, 5
+PROBE_TARGET = 2
 RESET = (b"", "ConnectionResetError")
 
 
@@ -63,6 +65,30 @@ def assert_serves(apps: Applications, prod: Relay, target: socket.socket) -> Non
     assert receive_exactly(producer, 5) == b"hello"
     producer.sendall(b"welcome")
     assert receive_exactly(cons, 7) == b"welcome"
+    assert nobody_waits(target)
+
+
+def test_a_second_probe_is_answered_when_there_is_a_target(gateway: Gateway, apps: Applications) -> None:
+    """The first hears at once that there is none; the next ones need not ask again and again."""
+    target = apps.listen()
+    prod = gateway.start(gateway.config("PROD", "none", sources=[], handshake_timeout_s=60))
+    prod.update(peers=[{"public_key": prod.public_key, "source_addresses": ["127.0.0.1"]}])
+
+    def probe() -> socket.socket:
+        cons = apps.dial(prod.address())
+        cons.sendall(request(prod, kind=PROBE_TARGET))
+        return cons
+
+    assert receive_exactly(probe(), 32)[5] == NOT_READY
+    second, third = probe(), probe()
+    # a connection for data is answered at once, whoever waits
+    data = apps.dial(prod.address())
+    data.sendall(request(prod))
+    assert receive_exactly(data, 32)[5] == NOT_READY
+    assert select.select([second, third], [], [], 0)[0] == []
+    prod.update(targets=[join(target.getsockname())])
+    assert [receive_exactly(one, 32)[5] for one in (second, third)] == [OK, OK]
+    apps.accept(target)
     assert nobody_waits(target)
 
 
