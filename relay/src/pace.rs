@@ -17,10 +17,11 @@ const LUMP_BYTES: f64 = 131_072.0;
 const ROOM: f64 = 1.25;
 /// A reader that has taken nothing for so long needs nothing, whatever waits for it.
 const STUCK_S: f64 = 1.0;
-/// What was sent beyond the rate is saved again within this time, so that a second as a whole keeps to it.
-const SAVED_WITHIN_S: f64 = 0.3;
-/// So much of what was not sent counts for later, because acknowledgements come in lumps, too.
-const SPARED_S: f64 = 0.02;
+/// What was sent beyond the rate is saved again within this time, so that a second as a whole keeps to it; and what the kernel
+/// was late with, because its timers had to wait for a processor, is made up for.
+const EVENED_WITHIN_S: f64 = 0.3;
+/// So much of what was not sent may be sent later: beyond it, it was not the kernel.
+const LATE_S: f64 = 0.04;
 
 /// What a connection did since the last division.
 #[derive(Clone, Copy, Debug)]
@@ -38,7 +39,7 @@ struct Use {
 pub struct Pacer {
     shares: HashMap<u64, Share>,
     divided: Instant,
-    /// Sent beyond the rate and not yet saved; below 0, a little that was not sent and may be.
+    /// Sent beyond the rate and not yet saved; below 0, not sent and to be made up for.
     debt_bytes: f64,
 }
 
@@ -83,9 +84,13 @@ impl Pacer {
         }
         let rate = rate_mbits_per_s as f64 * 125_000.0;
         let moved: f64 = uses.iter().map(|one| one.moved_bytes).sum();
-        let least = -LUMP_BYTES - rate * SPARED_S;
-        self.debt_bytes = (self.debt_bytes + moved - rate * elapsed_s).clamp(least, rate * SAVED_WITHIN_S);
-        let to_divide = (rate - self.debt_bytes.max(0.0) / SAVED_WITHIN_S).max(rate / 2.0);
+        let debt = self.debt_bytes + moved - rate * elapsed_s;
+        // Who has nothing to send is not late.
+        let late = if uses.iter().any(|one| one.waits) { rate * LATE_S + LUMP_BYTES } else { 0.0 };
+        self.debt_bytes = debt.clamp(-late, rate * EVENED_WITHIN_S + LUMP_BYTES);
+        // Up to a lump it is chance.
+        let certain = self.debt_bytes - self.debt_bytes.clamp(-LUMP_BYTES, LUMP_BYTES);
+        let to_divide = (rate - certain / EVENED_WITHIN_S).max(rate / 2.0);
         for ((id, wan, acked_bytes), bytes_per_s) in
             wan_legs.into_iter().zip(divide(to_divide, elapsed_s, &uses))
         {
