@@ -1,6 +1,8 @@
 //! A connection whose two sides are there: bytes flow until the applications end it, something breaks, or somebody cuts it.
 
+use std::future::Future;
 use std::net::SocketAddr;
+use std::pin::Pin;
 use std::sync::Arc;
 
 use rustix::io::Errno;
@@ -9,7 +11,8 @@ use tokio::net::TcpStream;
 use crate::config::Role;
 use crate::connection::{Connection, Leg, LegError, Legs};
 use crate::ktls::{self, Handed};
-use crate::relay::{Closing, Reason, Relay};
+use crate::listen::Active;
+use crate::relay::{Books, Closing, Reason, Relay};
 use crate::tls::Session;
 use crate::{splice, tls_copy};
 
@@ -17,22 +20,37 @@ use crate::{splice, tls_copy};
 pub const LAN_SILENT: &str = "lan-silent";
 pub const WAN_SILENT: &str = "wan-silent";
 
-/// Carries `connection` to its end and accounts for it. `session` is there in mode `tls` only.
-pub async fn carry(
-    relay: &Relay,
-    connection: &Connection,
-    onward: SocketAddr,
-    lan: TcpStream,
-    wan: TcpStream,
-    session: Option<Session>,
-) {
-    relay.congestion.settle(&lan);
-    relay.congestion.settle(&wan);
-    let (lan, wan) = (Arc::new(lan), Arc::new(wan));
-    connection.connected(onward, Legs { lan: lan.clone(), wan: wan.clone() });
+/// A connection whose two sides are there.
+pub struct Begun {
+    pub books: Books,
+    /// Held for as long as the connection is open.
+    pub active: Active,
+    pub onward: SocketAddr,
+    pub lan: Arc<TcpStream>,
+    pub wan: Arc<TcpStream>,
+    /// In mode `tls` only.
+    pub session: Option<Box<Session>>,
+}
+
+/// Carries a connection to its end and accounts for it. What `begin` needs is given back before: an idle connection keeps no
+/// memory for how it began. So it comes in a box: as an argument it would be a part of this future to its end.
+pub async fn serve(begin: Pin<Box<impl Future<Output = Option<Box<Begun>>>>>) {
+    let begun = begin.await;
+    if let Some(begun) = begun {
+        carry(begun).await;
+    }
+}
+
+async fn carry(mut begun: Box<Begun>) {
+    let session = begun.session.take();
+    let Begun { books, onward, lan, wan, .. } = &*begun;
+    let (relay, connection) = (&*books.0, &*books.1);
+    relay.congestion.settle(lan);
+    relay.congestion.settle(wan);
+    connection.connected(*onward, Legs { lan: lan.clone(), wan: wan.clone() });
     relay.streaming(connection);
     let closing = tokio::select! {
-        ended = transfer(relay, connection, &lan, &wan, session) => match ended {
+        ended = transfer(relay, connection, lan, wan, session) => match ended {
             Ok(()) => Closing { reason: "closed", abort: None, text: None },
             Err(error) => broken(relay.config.role, &error),
         },
@@ -43,20 +61,21 @@ pub async fn carry(
         },
     };
     connection.disconnected();
+    let Begun { books, active: _active, lan, wan, .. } = *begun;
     drop((lan, wan));
-    relay.close(connection, Some(closing));
+    books.0.close(&books.1, Some(closing));
 }
 
-/// TLS is boxed: a connection without it keeps no memory for it.
+/// Each in a box: a connection keeps memory for its own way alone.
 async fn transfer(
     relay: &Relay,
     connection: &Connection,
     lan: &TcpStream,
     wan: &TcpStream,
-    session: Option<Session>,
+    session: Option<Box<Session>>,
 ) -> Result<(), LegError> {
     match session {
-        Some(session) => match ktls::hand_over(&relay.kernel_tls, session, wan)? {
+        Some(session) => match ktls::hand_over(&relay.kernel_tls, *session, wan)? {
             Handed::ToKernel(tls) => {
                 connection.explain_path(tls.reason());
                 Box::pin(splice::relay(lan, wan, &*tls, connection)).await
@@ -66,7 +85,7 @@ async fn transfer(
                 Box::pin(tls_copy::relay(*session, lan, wan, connection)).await
             }
         },
-        None => splice::relay(lan, wan, &splice::Clear, connection).await,
+        None => Box::pin(splice::relay(lan, wan, &splice::Clear, connection)).await,
     }
 }
 

@@ -8,7 +8,7 @@ use std::time::{Duration, Instant};
 use tokio::net::TcpStream;
 use tokio::task::JoinSet;
 
-use crate::carry::carry;
+use crate::carry::Begun;
 use crate::config::{Mode, Probe};
 use crate::errno;
 use crate::listen::Active;
@@ -22,33 +22,36 @@ const FIRST_PAUSE_S: f64 = 0.02;
 const LONGEST_PAUSE_S: f64 = 2.0;
 const PAUSE_GROWTH: f64 = 1.6;
 
-/// Serves one LAN connection to its end. What cannot be carried is reset, as a direct connection would be refused.
-pub async fn serve(relay: Arc<Relay>, active: Active, lan: TcpStream, source: SocketAddr) {
+/// Begins one LAN connection. What cannot be carried is reset, as a direct connection would be refused.
+pub async fn begin(
+    relay: Arc<Relay>,
+    active: Active,
+    lan: TcpStream,
+    source: SocketAddr,
+) -> Option<Box<Begun>> {
     let connection = relay.open(active.listener(), source);
-    let _books = Books(&relay, &connection);
-    // Boxed, and over before bytes flow: a connection keeps no memory for how it began.
-    let called = Box::pin(async {
-        let Some(dial) = relay.dial(active.listener().index) else {
-            relay.refuse(active.listener(), NO_PEERS, source.ip());
-            return Err(None);
-        };
-        tokio::select! {
-            called = call(&relay, &dial, Kind::Data, 0) => match called {
-                Ok((wan, session)) => Ok((dial.address, wan, session)),
-                Err(failure) => {
-                    relay.note_probe(failure.clone());
-                    Err(Some(Closing { reason: failure.result, abort: None, text: failure.errno }))
-                }
-            },
-            reason = connection.is_cut() => Err(Some(Closing { reason, abort: None, text: None })),
-        }
-    })
-    .await;
+    let books = Books(relay.clone(), connection.clone());
+    let Some(dial) = relay.dial(active.listener().index) else {
+        relay.refuse(active.listener(), NO_PEERS, source.ip());
+        relay.close(&connection, None);
+        return None;
+    };
+    let called = tokio::select! {
+        called = call(&relay, &dial, Kind::Data, 0) => called.map_err(|failure| {
+            relay.note_probe(failure.clone());
+            Closing { reason: failure.result, abort: None, text: failure.errno }
+        }),
+        reason = connection.is_cut() => Err(Closing { reason, abort: None, text: None }),
+    };
     match called {
-        Ok((address, wan, session)) => carry(&relay, &connection, address, lan, wan, session).await,
+        Ok((wan, session)) => {
+            let (lan, wan) = (Arc::new(lan), Arc::new(wan));
+            Some(Box::new(Begun { books, active, onward: dial.address, lan, wan, session }))
+        }
         Err(closing) => {
             drop(lan);
-            relay.close(&connection, closing);
+            relay.close(&connection, Some(closing));
+            None
         }
     }
 }
@@ -60,7 +63,7 @@ async fn call(
     dial: &Dial,
     kind: Kind,
     lease_s: u32,
-) -> Result<(TcpStream, Option<Session>), ProbeResult> {
+) -> Result<(TcpStream, Option<Box<Session>>), ProbeResult> {
     let failed = |result: &'static str, errno: Option<String>| ProbeResult {
         result,
         errno,
@@ -87,7 +90,7 @@ async fn call(
         let mut session = None;
         if relay.config.mode != Mode::None {
             let config = relay.client_config(dial.public_key)?;
-            let mut client = Session::client(config)?;
+            let mut client = Box::new(Session::client(config)?);
             client.handshake(&stream).await?;
             session = Some(client);
         }

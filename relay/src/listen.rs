@@ -18,6 +18,7 @@ use crate::pipe::LEAST_PIPES;
 use crate::relay::{Listener, NO_PEERS, Relay};
 use crate::socket::prepare;
 use crate::workers::{DESCRIPTORS_OF_A_RUNTIME, Workers};
+use crate::{carry, cons, prod};
 
 const BACKLOG: i32 = 4096;
 /// Connections whose key is not proven yet, in total; one source has a quarter of the places at most.
@@ -242,13 +243,17 @@ fn admit(
             let Some(ticket) = half_open.enter(source.ip(), relay.knows_source(source.ip()), free) else {
                 return relay.refuse(&listener, "half-open", source.ip());
             };
-            workers.spawn(stream, move |stream| crate::prod::serve(relay, listener, stream, source, ticket));
+            workers.spawn(stream, move |stream| {
+                carry::serve(Box::pin(prod::begin(relay, listener, stream, source, ticket)))
+            });
         }
         Role::Cons => {
             let Some(active) = Active::enter(&listener, relay.config.max_connections) else {
                 return relay.refuse(&listener, "busy", source.ip());
             };
-            workers.spawn(stream, move |stream| crate::cons::serve(relay, active, stream, source));
+            workers.spawn(stream, move |stream| {
+                carry::serve(Box::pin(cons::begin(relay, active, stream, source)))
+            });
         }
     }
 }

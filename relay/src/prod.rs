@@ -9,7 +9,7 @@ use std::time::{Duration, Instant};
 use rustix::net::RecvFlags;
 use tokio::net::TcpStream;
 
-use crate::carry::carry;
+use crate::carry::Begun;
 use crate::config::{Mode, Probe};
 use crate::errno;
 use crate::listen::{Active, Ticket};
@@ -26,27 +26,27 @@ const HELD: f64 = 0.8;
 const FIRST_PAUSE: Duration = Duration::from_millis(250);
 const LONGEST_PAUSE: Duration = Duration::from_secs(2);
 
-/// Serves one WAN connection to its end. Until the peer is proven it holds a place among the half-open and nothing else.
-pub async fn serve(
+/// Begins one WAN connection. Until the peer is proven it holds a place among the half-open and nothing else. None: it was
+/// turned away, or was a probe.
+pub async fn begin(
     relay: Arc<Relay>,
     listener: Arc<Listener>,
     stream: TcpStream,
     source: SocketAddr,
     ticket: Ticket,
-) {
-    // Boxed, like all that is over before bytes flow: a connection keeps no memory for how it began.
-    let admitted = Box::pin(admit(&relay, &listener, stream, source, ticket)).await;
-    let Some((wan, kind, target)) = admitted else { return };
+) -> Option<Box<Begun>> {
+    let (wan, kind, target) = admit(&relay, &listener, stream, source, ticket).await?;
     match kind {
-        Kind::Data => serve_data(wan, listener, source, target).await,
-        Kind::ProbePath => Box::pin(wan.pass(&listener, Kind::ProbePath)).await,
-        Kind::ProbeTarget => Box::pin(serve_probe(wan, listener, target)).await,
+        Kind::Data => return begin_data(wan, listener, source, target).await,
+        Kind::ProbePath => wan.pass(&listener, Kind::ProbePath).await,
+        Kind::ProbeTarget => serve_probe(wan, listener, target).await,
     }
+    None
 }
 
 /// What a proven peer wants, and the target it leads to. None: it has been turned away.
 async fn admit<'a>(
-    relay: &'a Relay,
+    relay: &'a Arc<Relay>,
     listener: &Listener,
     stream: TcpStream,
     source: SocketAddr,
@@ -103,7 +103,7 @@ async fn greet(
     relay: &Relay,
     stream: &TcpStream,
     source: SocketAddr,
-) -> Result<(Option<Session>, Asked), &'static str> {
+) -> Result<(Option<Box<Session>>, Asked), &'static str> {
     let mut message = [0; REQUEST_BYTES];
     let mut admitted = true;
     let session = if relay.config.mode == Mode::None {
@@ -119,7 +119,8 @@ async fn greet(
             HandshakeError::Tls(_) => "handshake-rejected",
         };
         let config = relay.server_config();
-        let mut session = Session::server(config).map_err(|error| cause(HandshakeError::Tls(error)))?;
+        let session = Session::server(config).map_err(|error| cause(HandshakeError::Tls(error)))?;
+        let mut session = Box::new(session);
         session.handshake(stream).await.map_err(cause)?;
         session.read_exact(stream, &mut message).await.map_err(cause)?;
         // The handshake admits any current peer's key; this one must also come from where its owner said.
@@ -172,32 +173,35 @@ async fn serve_probe(mut wan: Wan<'_>, listener: Arc<Listener>, target: SocketAd
     wan.pass(&listener, Kind::ProbeTarget).await;
 }
 
-async fn serve_data(mut wan: Wan<'_>, listener: Arc<Listener>, source: SocketAddr, target: SocketAddr) {
+async fn begin_data(
+    mut wan: Wan<'_>,
+    listener: Arc<Listener>,
+    source: SocketAddr,
+    target: SocketAddr,
+) -> Option<Box<Begun>> {
     let relay = wan.relay;
     let Some(active) = Active::enter(&listener, relay.config.max_connections) else {
         relay.refuse(&listener, "busy", source.ip());
-        return wan.refuse(Verdict::Busy).await;
+        wan.refuse(Verdict::Busy).await;
+        return None;
     };
     let connection = relay.open(active.listener(), source);
-    let _books = Books(relay, &connection);
-    let through = Box::pin(async move {
-        let lan = match first_or_fresh(relay, target).await {
-            Ok(lan) => lan,
-            Err(error) => {
-                wan.unreachable(target, &error).await;
-                return Err(Closing { reason: "unreachable", abort: None, text: Some(errno::of(&error)) });
+    let books = Books(relay.clone(), connection.clone());
+    let closing = match first_or_fresh(relay, target).await {
+        Ok(lan) => match wan.accept().await {
+            Ok((wan, session)) => {
+                let (lan, wan) = (Arc::new(lan), Arc::new(wan));
+                return Some(Box::new(Begun { books, active, onward: target, lan, wan, session }));
             }
-        };
-        match wan.accept().await {
-            Ok((stream, session)) => Ok((lan, stream, session)),
-            Err(text) => Err(Closing { reason: "peer", abort: None, text: Some(text) }),
+            Err(text) => Closing { reason: "peer", abort: None, text: Some(text) },
+        },
+        Err(error) => {
+            wan.unreachable(target, &error).await;
+            Closing { reason: "unreachable", abort: None, text: Some(errno::of(&error)) }
         }
-    })
-    .await;
-    match through {
-        Ok((lan, stream, session)) => carry(relay, &connection, target, lan, stream, session).await,
-        Err(closing) => relay.close(&connection, Some(closing)),
-    }
+    };
+    relay.close(&connection, Some(closing));
+    None
 }
 
 async fn onward(relay: &Relay, target: SocketAddr) -> io::Result<TcpStream> {
@@ -287,9 +291,9 @@ pub async fn prove_targets(relay: Arc<Relay>) {
 
 /// The WAN side of a connection that is being answered.
 struct Wan<'a> {
-    relay: &'a Relay,
+    relay: &'a Arc<Relay>,
     stream: TcpStream,
-    session: Option<Session>,
+    session: Option<Box<Session>>,
 }
 
 impl Wan<'_> {
@@ -320,7 +324,7 @@ impl Wan<'_> {
     }
 
     /// Says ok; what follows is payload. In mode `auth` both sides end TLS here.
-    async fn accept(mut self) -> Result<(TcpStream, Option<Session>), String> {
+    async fn accept(mut self) -> Result<(TcpStream, Option<Box<Session>>), String> {
         let timeout = self.relay.handshake_timeout();
         let hand_over = async {
             match self.relay.config.mode {

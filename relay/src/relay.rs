@@ -968,13 +968,13 @@ pub struct Dial {
 }
 
 /// Closes the books of a connection whose task ends without having done so: it has panicked.
-pub struct Books<'a>(pub &'a Relay, pub &'a Connection);
+pub struct Books(pub Arc<Relay>, pub Arc<Connection>);
 
-impl Drop for Books<'_> {
+impl Drop for Books {
     fn drop(&mut self) {
         self.1.disconnected();
         let text = Some("internal error".into());
-        self.0.close(self.1, Some(Closing { reason: "peer", abort: Some(Reason::RelayLost), text }));
+        self.0.close(&self.1, Some(Closing { reason: "peer", abort: Some(Reason::RelayLost), text }));
     }
 }
 

@@ -1,6 +1,7 @@
 //! Carries the bytes of one connection without looking at them: the kernel moves them from socket to pipe to socket, and this
 //! process never sees them.
 
+use std::future::poll_fn;
 use std::io;
 use std::time::Duration;
 
@@ -96,13 +97,13 @@ pub async fn relay<W: Wire>(
             one_way((lan, Leg::Lan), (wan, Leg::Wan), wire, connection).await?;
             wire.end(wan).await?;
             lan_ended.notify_one();
-            watch((lan, Leg::Lan), &wan_ended).await
+            Box::pin(watch((lan, Leg::Lan), &wan_ended)).await
         },
         async {
             one_way((wan, Leg::Wan), (lan, Leg::Lan), wire, connection).await?;
             shutdown_write(lan).map_err(|error| LegError::new(Leg::Lan, &error))?;
             wan_ended.notify_one();
-            watch((wan, Leg::Wan), &lan_ended).await
+            Box::pin(watch((wan, Leg::Wan), &lan_ended)).await
         },
     )?;
     wire.settle(wan, connection.lan_to_wan().bytes()).await?;
@@ -126,7 +127,8 @@ async fn one_way<W: Wire>(
     loop {
         {
             let _waiting = flow.waits(Wait::Source);
-            source.readable().await.map_err(at_source)?;
+            // Nobody else waits for this socket to be readable; `readable()` would take memory for that, of every idle connection.
+            poll_fn(|context| source.poll_read_ready(context)).await.map_err(at_source)?;
         }
         let loaded = match source_leg {
             Leg::Lan => Cargo::load(source, flow, (W::SPLICED, W::COPIED)).map_err(at_source),

@@ -25,7 +25,9 @@ const LEAST_PIECE_BYTES: usize = 2048;
 /// Of so many pieces one call takes care.
 const PIECES_A_CALL: usize = 32;
 
-/// For so long a connection keeps what it can make again from its keys.
+/// Between two waits: what carries less has no use for keeping what it can make again from its keys.
+const BULK_BYTES: u64 = 64 << 10;
+/// What carries more keeps it for so long.
 const AWAKE: Duration = Duration::from_secs(1);
 
 /// Relays until both sides have ended in order (FIN on the LAN, close_notify on the WAN) or the first error. A WAN that ends
@@ -66,6 +68,7 @@ struct Pump {
     wan_ended: bool,
     lan_shut: bool,
     wan_shut: bool,
+    carried_before_wait: u64,
 }
 
 /// What came from the WAN: opened pieces for the LAN, and then at most a part of one record.
@@ -176,6 +179,7 @@ impl Pump {
             wan_ended,
             lan_shut: false,
             wan_shut: false,
+            carried_before_wait: 0,
         };
         if !plain.is_empty() {
             let mut inbox = Inbox { buffer: plain, pieces: Vec::new(), delivered: 0, sealed: 0..0 };
@@ -331,6 +335,11 @@ impl Pump {
         connection: &Connection,
     ) -> Result<(), LegError> {
         let (to_lan, to_wan) = (self.to_lan(), self.outbox.is_some());
+        let carried = connection.bytes();
+        if !to_lan && !to_wan && carried - self.carried_before_wait < BULK_BYTES {
+            self.records.rest();
+        }
+        self.carried_before_wait = carried;
         let _outward = waits(to_wan, self.lan_ended, connection.lan_to_wan());
         let _inward = waits(to_lan, self.wan_ended, connection.wan_to_lan());
         let lan_wants = wants(!to_wan && !self.lan_ended, to_lan);
