@@ -35,6 +35,7 @@ TINY = replace(
     rounds=1,
     seconds=0.05,
     short_s=0.05,
+    short_rounds=1,
     connections=(2,),
     elsewhere=(1,),
     at_once_connects=4,

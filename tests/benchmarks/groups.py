@@ -6,7 +6,7 @@ import contextlib
 import os
 import resource
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from subprocess import SubprocessError
 from typing import Final, Literal
 
@@ -24,6 +24,10 @@ from .workload import Transfer, Workload, WorkloadError, load_average
 SPARE_DESCRIPTORS: Final = 300
 
 
+def names_of(kinds: Iterable[str], *, without: Iterable[str]) -> tuple[str, ...]:
+    return tuple(name for name in kinds if name not in set(without))
+
+
 @dataclass(frozen=True)
 class Plan:
     """How much of it.
@@ -31,7 +35,8 @@ class Plan:
     Attributes:
         elsewhere_kinds: What is measured with one hop and between namespaces.
         seconds: Of one transfer: so long that what 64 connections cost at their ends does not count.
-        short_s: Of round trips, and of connections one after the other.
+        short_s, short_rounds: Of round trips, and of connections one after the other: shorter than a machine's moods.
+        slow_kinds: What has the slow consumer.
         rates_mbits_per_s: For streams with a rate.
         rate_s: Of one transfer of these: longer than a second by what the first half second and some windows take.
         idle: How many connections say nothing.
@@ -46,12 +51,14 @@ class Plan:
     elsewhere_kinds: tuple[str, ...] = tuple(KINDS)
     rounds: int = 3
     seconds: float = 0.6
-    short_s: float = 0.3
+    short_s: float = 0.2
+    short_rounds: int = 7
     connections: tuple[int, ...] = (1, 5, 16, 64)
     elsewhere: tuple[int, ...] = (1, 16)
     at_once_connects: int = 32
     idle: tuple[int, ...] = (2000,)
     slow_s: float = 1.2
+    slow_kinds: tuple[str, ...] = (*OURS, "haproxy-expert", "haproxy", "nginx")
     users_connections: int = 200
     rates_mbits_per_s: tuple[int, ...] = (10, 100, 1000)
     rate_s: float = 2.2
@@ -73,9 +80,11 @@ FULL: Final = Plan(
     rounds=6,
     seconds=2.0,
     short_s=2.0,
+    short_rounds=6,
     elsewhere=(1, 5, 16, 64),
     idle=(2000, 10_000),
     slow_s=5.0,
+    slow_kinds=names_of(KINDS, without=("direct", "socat", "socat-256k", "nginx-256k")),
     rates_mbits_per_s=(10, 100, 1000, 3000, 10_000),
     rate_s=6.0,
     rate_rounds=3,
@@ -127,16 +136,12 @@ class Bench:
             if kind.name in wanted and not kind.missing() and (hops in kind.hops or kind.hops == (0,))
         ]
 
-    def turns(self, kinds: Sequence[Kind]) -> Iterator[tuple[int, Kind]]:
+    def turns(self, kinds: Sequence[Kind], rounds: int) -> Iterator[tuple[int, Kind]]:
         """Every round, every relay in it once; each round begins with another one."""
-        for number in range(self.plan.rounds):
-            shift = number * len(kinds) // self.plan.rounds
+        for number in range(rounds):
+            shift = number * len(kinds) // rounds
             for kind in (*kinds[shift:], *kinds[:shift]):
                 yield number, kind
-
-
-def names_of(kinds: Iterable[str], *, without: Iterable[str]) -> list[str]:
-    return [name for name in kinds if name not in set(without)]
 
 
 @contextlib.contextmanager
@@ -164,7 +169,7 @@ def bulk(bench: Bench) -> None:
 def _bulk_at(bench: Bench, place: Place, hops: int, counts: Sequence[int], kinds: Sequence[Kind]) -> None:
     with _workload(place) as load, standing(bench, kinds, Wish(place, load.target, hops=hops)) as chains:
         for connections in counts:
-            for number, kind in bench.turns(kinds):
+            for number, kind in bench.turns(kinds, bench.plan.rounds):
                 if kind.name not in chains:
                     continue
                 name = f"bulk {kind.name}, {hops} hops, {place.name}, {connections} connections"
@@ -210,10 +215,12 @@ def _two_hops(
     title: str,
     connections: int,
     measure: Callable[[Workload, Chain, Carried], Run],
+    *,
+    rounds: int,
 ) -> None:
     """A group on loopback, over chains that stand all the time."""
     with _workload(LOOPBACK) as load, standing(bench, kinds, Wish(LOOPBACK, load.target)) as chains:
-        for number, kind in bench.turns(kinds):
+        for number, kind in bench.turns(kinds, rounds):
             if kind.name in chains:
                 with bench.cell(f"{title} {kind.name}"):
                     frame = Carried(
@@ -232,7 +239,7 @@ def latency(bench: Bench) -> None:
     def measure(load: Workload, chain: Chain, frame: Carried) -> Run:
         return Latency(**frame.model_dump(), **load.round_trips(chain, duration_s=bench.plan.short_s))
 
-    _two_hops(bench, bench.kinds(hops=2), "latency", 1, measure)
+    _two_hops(bench, bench.kinds(hops=2), "latency", 1, measure, rounds=bench.plan.short_rounds)
 
 
 def connects(bench: Bench) -> None:
@@ -243,7 +250,7 @@ def connects(bench: Bench) -> None:
         count, seconds = load.connects(chain, at_once, duration_s=bench.plan.short_s)
         return Connects(**frame.model_dump(), count=count, per_s=count / seconds)
 
-    _two_hops(bench, bench.kinds(hops=2), "connects", at_once, measure)
+    _two_hops(bench, bench.kinds(hops=2), "connects", at_once, measure, rounds=bench.plan.short_rounds)
 
 
 def slow(bench: Bench) -> None:
@@ -260,10 +267,8 @@ def slow(bench: Bench) -> None:
             rss_bytes=max(later),
         )
 
-    names = names_of(bench.plan.kinds, without=("direct", "socat", "socat-256k", "nginx-256k"))
-    kinds = bench.kinds(hops=2, names=names)
-    once = Bench(replace(bench.plan, rounds=1), bench.say, bench.runs, bench.failures)
-    _two_hops(once, kinds, "slow consumer", 16, measure)
+    kinds = [kind for kind in bench.kinds(hops=2, names=bench.plan.slow_kinds) if kind.name != "direct"]
+    _two_hops(bench, kinds, "slow consumer", 16, measure, rounds=1)
 
 
 def idle(bench: Bench) -> None:
