@@ -226,13 +226,24 @@ def _running(
         process.wait(START_S)
 
 
-def haproxy(*, world: str = "", defaults: str = "") -> Start:
+def haproxy(*, world: str = "", defaults: str = "", tls: bool = False) -> Start:
+    """With `tls`, TLS between two of them, a pinned certificate at the far end."""
+
     def configure(link: Link) -> Sequence[str]:
         file = link.folder / "haproxy.cfg"
+        bind = server = ""
+        if tls:
+            certificate, key = certified(link.folder.parent)
+            both = link.folder / "both"
+            both.write_text(certificate.read_text() + key.read_text())
+            if link.first:
+                server = f" ssl verify required ca-file {certificate} ssl-min-ver TLSv1.3"
+            else:
+                bind = f" ssl crt {both} ssl-min-ver TLSv1.3"
         file.write_text(
             f"global\n{world}\ndefaults\n  mode tcp\n  timeout connect 10s\n  timeout client 1h\n"
             f"  timeout server 1h\n{defaults}\nlisten stream\n"
-            f"  bind {join(link.listen)}\n  server next {join(link.onward)}\n"
+            f"  bind {join(link.listen)}{bind}\n  server next {join(link.onward)}{server}\n"
         )
         return ["haproxy", "-db", "-f", str(file)]
 
@@ -270,12 +281,11 @@ def stunnel(*, null_cipher: bool) -> Start:
                 f"PSKsecrets = {secrets}/psk\nciphers = eNULL\nsecurityLevel = 0\nsslVersionMax = TLSv1.2\n"
             )
         else:
-            if not (secrets / "cert").exists():
-                _certify(secrets)
+            certificate, key = certified(secrets)
             more = "sslVersionMin = TLSv1.3\n" + (
-                f"CAfile = {secrets}/cert\nverifyPeer = yes\n"
+                f"CAfile = {certificate}\nverifyPeer = yes\n"
                 if link.first
-                else f"cert = {secrets}/cert\nkey = {secrets}/key\n"
+                else f"cert = {certificate}\nkey = {key}\n"
             )
         file = link.folder / "stunnel.conf"
         file.write_text(common + more)
@@ -284,14 +294,19 @@ def stunnel(*, null_cipher: bool) -> Start:
     return peer(configure)
 
 
-def _certify(folder: Path) -> None:
+def certified(folder: Path) -> tuple[Path, Path]:
+    """The certificate of a chain that has one for itself, and its key."""
+    certificate, key = folder / "cert", folder / "key"
+    if certificate.exists():
+        return certificate, key
     argv = "openssl req -x509 -newkey ec -pkeyopt ec_paramgen_curve:prime256v1 -nodes -days 1 -subj /CN=bench"
     subprocess.run(
-        [*argv.split(), "-keyout", str(folder / "key"), "-out", str(folder / "cert")],
+        [*argv.split(), "-keyout", str(key), "-out", str(certificate)],
         check=True,
         capture_output=True,
         timeout=60,
     )
+    return certificate, key
 
 
 def socat(*options: str) -> Start:
@@ -316,6 +331,7 @@ KINDS: Final = {
         ),
         Kind("haproxy-scistream", haproxy(world="  tune.bufsize 100000"), "haproxy"),
         Kind("haproxy", haproxy(), "haproxy"),
+        Kind("haproxy-tls", haproxy(tls=True), "haproxy", hops=(2,)),
         Kind("nginx", nginx(), "nginx"),
         Kind("nginx-256k", nginx("proxy_buffer_size 256k;"), "nginx", quick=False, idle=False),
         Kind("stunnel", stunnel(null_cipher=False), "stunnel", hops=(2,), idle=False),

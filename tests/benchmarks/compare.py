@@ -19,7 +19,7 @@ CLEAR_PEERS: Final = (
     "socat",
     "socat-256k",
 )
-TLS_PEERS: Final = ("stunnel", "stunnel-null")
+TLS_PEERS: Final = ("stunnel", "stunnel-null", "haproxy-tls")
 PEERS: Final = (*CLEAR_PEERS, *TLS_PEERS)
 FLAT_BYTES: Final = 2_000_000
 
@@ -123,11 +123,12 @@ def _bulk(results: Results) -> Iterable[Verdict]:
             for run in bulk(results)
             if (run.hops, run.network, run.connections) == (2, "loopback", connections)
         ]
-        limits: list[tuple[str, tuple[str, ...], float | None, float, float, float]] = [
+        limits: list[tuple[str, tuple[str, ...], float | None, float, float | None, float]] = [
             ("haproxy-expert", ("none", "auth"), CPU_EXPERT[connections], 0.8, 1.0, 1.1),
             ("haproxy-scistream", ("none", "auth"), 0.45, 0.45, 1.25, 1.3),
             ("haproxy", ("none", "auth"), 0.27, 0.25, 2.0, 2.1),
             ("stunnel", ("tls",), 0.5, 0.4, 2.0, 2.5),
+            ("haproxy-tls", ("tls",), None, 1.0, None, 1.0),
         ]
         for peer, modes, cpu_must, cpu_prize, through_must, through_prize in limits:
             for mode in modes:
@@ -147,7 +148,7 @@ def _worst(
 
 
 def _peers_of(mode: str) -> tuple[str, ...]:
-    return ("stunnel",) if mode == "tls" else CLEAR_PEERS
+    return ("stunnel", "haproxy-tls") if mode == "tls" else CLEAR_PEERS
 
 
 def _latency(results: Results) -> Iterable[Verdict]:
@@ -178,8 +179,9 @@ def _idle(results: Results) -> Iterable[Verdict]:
             who = f"{mode}, {connections} idle"
             each = spread(same, mode, lambda run: run.descriptors)
             yield Verdict("descriptors per connection", who, each, 2.1, 2.1)
-            rss = ratio(same, mode, "haproxy", lambda run: float(run.rss_bytes))
-            yield Verdict("RSS", f"{who} / haproxy", rss, 0.5, 0.5)
+            for peer in ("haproxy", *(("haproxy-tls",) if mode == "tls" else ())):
+                rss = ratio(same, mode, peer, lambda run: float(run.rss_bytes))
+                yield Verdict("RSS", f"{who} / {peer}", rss, 0.5, 0.5)
 
 
 def _slow(results: Results) -> Iterable[Verdict]:
