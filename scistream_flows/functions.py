@@ -21,7 +21,7 @@ from typing import Any, Final, NamedTuple
 
 from scistream_flows import __version__
 from scistream_flows.config import FacilityConfig, load_facility
-from scistream_flows.doorway import ask
+from scistream_flows.doorway import DEADLINE_S, ask
 from scistream_flows.errors import PROTOCOL, BadRequest, ScistreamError
 from scistream_flows.s2cs import S2CS, VERBS
 
@@ -30,7 +30,9 @@ log = logging.getLogger(__name__)
 READY_S: Final = 1.0
 """So long `update` waits for READY here, seconds: asking again from afar takes half a second or more."""
 
-_LOOK_S: Final = 0.02
+FIRST_LOOK_S: Final = 0.02
+LONGEST_LOOK_S: Final = 0.25
+"""Between two looks of it, growing from the one to the other: at a shared service each counts as a call."""
 
 # Registered once with Globus Compute and then allow-listed by its id, so it must not change: all that may is imported.
 _LOADER: Final = '''\
@@ -85,7 +87,7 @@ def answer(verb: str, document: Mapping[str, Any], *, facility: str) -> dict[str
         text = _text(document)
         config = load_facility(facility)
         said = _asked(config, verb, text)
-        if verb == "update" and document.get("peers"):
+        if verb == "update" and said["ok"] and document.get("peers"):
             said = _until_ready(config, document, said)
     except ScistreamError as wrong:
         said = {"protocol": PROTOCOL, "ok": False, "error": wrong.to_document()}
@@ -103,9 +105,9 @@ def call(question: Mapping[str, Any]) -> dict[str, Any]:
     return answer(question["verb"], question["document"], facility=question["facility"])
 
 
-def _asked(config: FacilityConfig, verb: str, text: str) -> dict[str, Any]:
+def _asked(config: FacilityConfig, verb: str, text: str, *, deadline_s: float = DEADLINE_S) -> dict[str, Any]:
     if config.service.socket is not None:
-        return ask(config.service.socket, verb, json.loads(text))
+        return ask(config.service.socket, verb, json.loads(text), deadline_s=deadline_s)
     return _service(config).answer(verb, text)
 
 
@@ -114,11 +116,15 @@ def _until_ready(config: FacilityConfig, document: Mapping[str, Any], said: dict
     query = json.dumps(
         {name: document[name] for name in ("protocol", "uid", "role", "owner") if name in document}
     )
-    deadline = time.monotonic() + READY_S
-    while said["ok"] and said["value"]["state"] == "LISTENING" and time.monotonic() < deadline:
-        time.sleep(_LOOK_S)
-        seen = _asked(config, "status", query)
-        if not seen["ok"]:  # the update was done
+    deadline, pause_s = time.monotonic() + READY_S, FIRST_LOOK_S
+    while said["value"]["state"] == "LISTENING" and (left_s := deadline - time.monotonic()) > 0:
+        time.sleep(min(pause_s, left_s))
+        pause_s = min(1.5 * pause_s, LONGEST_LOOK_S)
+        try:
+            seen = _asked(config, "status", query, deadline_s=max(left_s, FIRST_LOOK_S))
+        except ScistreamError:  # the update was done, whatever has become of the service
+            break
+        if not seen["ok"]:
             break
         said = seen
     return said

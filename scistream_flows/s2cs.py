@@ -174,13 +174,15 @@ class S2CS:
                 offer = self._again(existing, request)
                 if offer is not None:
                     return offer
+            facility, onwards = self._admitted(request, caller)
+            opened = partial(self._open, key, request, caller, began, facility=facility, onwards=onwards)
             try:
-                return self._open(key, request, caller, began)
+                return opened()
             except (PolicyDenied, CapacityExhausted, PortsExhausted):
-                if swept or not self._sweep():
+                if swept or not self._sweep(since=began):
                     raise
             # what has ended since the last comparison is free now
-            return self._open(key, request, caller, began)
+            return opened()
 
     def hello(
         self,
@@ -679,13 +681,28 @@ class S2CS:
     def _renewed(self, stream: StreamRow, lease_s: int) -> Sequence[RelayStatus]:
         return self._asked(stream, lambda row: self._relays(row.gateway).renew(row.relay_id, lease_s=lease_s))
 
-    def _open(self, key: Key, request: Request, caller: Sequence[str], began: float) -> Offer:
+    def _admitted(
+        self, request: Request, caller: Sequence[str]
+    ) -> tuple[FacilityConfig, Mapping[str, Mapping[str, Any]]]:
+        """The facility as it is for this caller, and where each gateway may lead; whatever else is in use."""
         facility = self.config.model_copy(update={"policy": self.config.policy.of(caller)})
         policy.admit_user(caller, facility, service=unix_owner())
         policy.admit(request, facility)
         onwards = self._onwards(request)
         if request.consumers:
             policy.admit_consumers(request.consumers, facility)
+        return facility, onwards
+
+    def _open(
+        self,
+        key: Key,
+        request: Request,
+        caller: Sequence[str],
+        began: float,
+        *,
+        facility: FacilityConfig,
+        onwards: Mapping[str, Mapping[str, Any]],
+    ) -> Offer:
         usable = tuple(one for one in self.config.gateways if one.name in onwards)
         skipped = {name: wrong for name, (at, wrong) in self._silent.copy().items() if at >= began}
         for name, wrong in skipped.items():
@@ -1088,14 +1105,19 @@ class S2CS:
 
     # --- keeping the registry in line
 
-    def _sweep(self, *, at_most_every_s: float = 0) -> bool:
+    def _sweep(self, *, at_most_every_s: float = 0, since: float | None = None) -> bool:
         """Compare what runs with what is written down: end what is gone, stop what nobody asked for.
 
-        Answers whether it was done: not again within `at_most_every_s`, nor while another thread is at it.
+        Answers whether it was done: not again within `at_most_every_s`, nor while another thread is at it. With
+        `since`, a moment of the monotonic clock, it waits for that thread; what began after that moment is enough.
         """
-        if time.monotonic() - self._swept_at < at_most_every_s or not self._sweeping.acquire(blocking=False):
+        if time.monotonic() - self._swept_at < at_most_every_s:
+            return False
+        if not self._sweeping.acquire(timeout=0 if since is None else LOCK_TIMEOUT_S):
             return False
         try:
+            if since is not None and self._swept_at > since:
+                return True
             self._swept_at = time.monotonic()
             # First what runs, then what is written: each relay was written down before it started, so one that runs
             # and is not written down, or not any more, is nobody's.
@@ -1105,11 +1127,14 @@ class S2CS:
                 for relay_id, alive in (relays or {}).items():
                     if relay_id not in written:
                         self._clear_away(name, relay_id, alive=alive)
+            due: dict[tuple[Key, int], None] = {}  # a stream may have many relays that are gone
             for relay_id, row in written.items():
                 there = running.get(row.gateway)
                 gone = there is not None and not there.get(relay_id)
                 if row.phase == "opening" or row.outlived or gone:
-                    self._settle_if_free(row.key, row.stream)
+                    due[row.key, row.stream] = None
+            for key, number in due:
+                self._settle_if_free(key, number)
         finally:
             self._sweeping.release()
         return True

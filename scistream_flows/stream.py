@@ -571,15 +571,18 @@ def _until_ready(
     *,
     prod: Status | None = None,
 ) -> None:
-    """Wait until both sides are READY. `prod` is what is known of PROD already: once READY, it is not asked again."""
+    """Wait until both sides are READY. `prod` is known already; READY, it is asked again after a second only."""
     cancelled = _CANCELLED.get() or threading.Event()
     silent_until = time.monotonic() + SAY_WHY_AFTER_S
     said = ""
     probe: Probe | None = None
+    asked_at = time.monotonic()
     for pause_s in _pauses():
         cons = facilities["CONS"].status(StatusQuery(uid=uid, role="CONS"))
-        if prod is None or not (cons.ready and prod.ready):
+        lately = time.monotonic() - asked_at < 1
+        if prod is None or not (prod.ready and (cons.ready or lately)):
             prod = facilities["PROD"].status(StatusQuery(uid=uid, role="PROD"))
+            asked_at = time.monotonic()
         probe = cons.last_probe or prod.last_probe or probe  # a side that has ended does not tell it any more
         tell(cons)
         if cons.ready and prod.ready:

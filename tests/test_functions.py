@@ -165,6 +165,30 @@ def test_an_update_does_not_wait_for_what_does_not_come(monkeypatch: pytest.Monk
         assert late.value.details["reason"] == "unreachable"
 
 
+def test_an_update_that_was_done_is_no_error_when_the_service_goes_away(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The looks for READY come after it; another one than `update` would be given up for them."""
+    monkeypatch.setattr(functions, "READY_S", 60)
+    offer = answer("request", document(uid="s", role="PROD", targets=["127.0.0.1:9"]), facility="aps")[
+        "value"
+    ]
+    peer = {"public_key": offer["relays"][0]["public_key"], "source_addresses": ["127.0.0.1"]}
+    asked = functions._asked
+
+    def goes_away(config: object, verb: str, text: str, **limits: float) -> dict[str, Any]:
+        if verb == "status":
+            raise FacilityUnreachable("nobody serves", which="aps")
+        return asked(config, verb, text, **limits)  # type: ignore[arg-type]
+
+    with monkeypatch.context() as away:
+        away.setattr(functions, "_asked", goes_away)
+        said = answer("update", document(uid="s", role="PROD", peers=[peer]), facility="aps")
+    assert said["ok"]
+    assert said["value"]["state"] == "LISTENING"
+    assert answer("release", document(uid="s", role="PROD"), facility="aps")["ok"]
+
+
 def test_a_worker_that_does_not_answer_is_given_up() -> None:
     free = threading.Event()
     with ThreadPoolExecutor(1) as pool:
@@ -202,8 +226,9 @@ def test_every_answer_is_json_and_says_who_gave_it() -> None:
         ("paint", document()),
         ("list", {"protocol": 1, "include_ended": {1, 2}}),
         ("list", {"protocol": 2}),
+        ("update", ["no", "object"]),
     ):
-        said = json.loads(json.dumps(answer(verb, asked, facility="aps")))
+        said = json.loads(json.dumps(answer(verb, asked, facility="aps")))  # type: ignore[arg-type]
         assert said["ok"] is (verb == "list" and asked == document())
         assert said["protocol"] == 1
         assert said["worker"].keys() == {"python", "host", "version"}

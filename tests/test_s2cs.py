@@ -567,6 +567,60 @@ def test_a_stream_that_another_process_is_closing_is_not_reported_lost(
     assert (status.state, status.reason) == ("ENDED", "lease_expired")
 
 
+def test_what_ended_while_another_thread_looked_is_free_for_the_next_request(
+    facility: Facility, state_base: Path, relays_below: Relays
+) -> None:
+    """That thread may have listed the relays before."""
+    service = facility("aps", SCISTREAM_POLICY_MAX_STREAMS_PER_OWNER="1")
+    service.request(prod(uid="one"))
+    (pid,) = relays_below(state_base)
+    listed, go_on = threading.Event(), threading.Event()
+    with S2CS(service.config, gateways={"local": Lagging(service, listed, go_on)}) as other:
+        looking = threading.Thread(target=other.list, args=({"protocol": 1},))
+        looking.start()
+        try:
+            assert listed.wait(30)
+            os.kill(pid, signal.SIGKILL)
+            assert relays_below(state_base, patience_s=5) == []
+            threading.Timer(0.2, go_on.set).start()
+            other.request(prod(uid="two"))
+        finally:
+            go_on.set()
+            looking.join(30)
+        other.release(of(uid="two"))
+
+
+class Lagging(LocalGateway):
+    """This machine, whose first list of relays is late."""
+
+    def __init__(self, service: S2CS, listed: threading.Event, go_on: threading.Event) -> None:
+        (config,) = service.config.gateways
+        super().__init__(config, runtime_dir=service.config.state_dir / "relays")
+        self._listed, self._go_on = listed, go_on
+
+    def run(self, argv: Sequence[str], *, stdin: str = "", timeout_s: float) -> Outcome:
+        outcome = super().run(argv, stdin=stdin, timeout_s=timeout_s)
+        if argv[1] == "list" and not self._listed.is_set():
+            self._listed.set()
+            assert self._go_on.wait(30)
+        return outcome
+
+
+def test_what_no_end_of_a_stream_can_change_is_denied_without_a_look_at_the_relays(
+    facility: Facility,
+) -> None:
+    service = facility()
+    asked: list[str] = []
+    with S2CS(service.config, gateways={"local": Watched(service, asked.append)}) as watched:
+        watched.request(prod())
+        before = asked.count("list")
+        for number in range(3):
+            with pytest.raises(PolicyDenied):
+                watched.request(prod(uid=f"x{number}", num_conn=65))
+        assert asked.count("list") == before
+        watched.release(of())
+
+
 def test_a_stream_that_another_process_is_opening_has_been_requested(facility: Facility) -> None:
     service = facility()
     starting, go_on = threading.Event(), threading.Event()

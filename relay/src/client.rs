@@ -164,7 +164,8 @@ fn lost(relay_id: &RelayId) -> Refusal {
 
 /// Removes what a relay that has ended left behind.
 pub fn forget(dir: &RuntimeDir, relay_id: &RelayId) -> Result<Value, Refusal> {
-    if is_alive(&connect(dir, relay_id, LOOK_TIMEOUT)) {
+    // One whose socket somebody has removed still holds its log.
+    if dir.holder(relay_id).is_some() || is_alive(&connect(dir, relay_id, LOOK_TIMEOUT)) {
         return Err(Refusal::new("bad-request", format!("relay {relay_id} is alive; stop it first")));
     }
     if !dir.socket(relay_id).exists() && !dir.log(relay_id).exists() {
