@@ -226,12 +226,18 @@ def test_every_answer_is_json_and_says_who_gave_it() -> None:
         ("paint", document()),
         ("list", {"protocol": 1, "include_ended": {1, 2}}),
         ("list", {"protocol": 2}),
-        ("update", ["no", "object"]),
     ):
-        said = json.loads(json.dumps(answer(verb, asked, facility="aps")))  # type: ignore[arg-type]
+        said = json.loads(json.dumps(answer(verb, asked, facility="aps")))
         assert said["ok"] is (verb == "list" and asked == document())
         assert said["protocol"] == 1
         assert said["worker"].keys() == {"python", "host", "version"}
+
+
+@pytest.mark.parametrize("verb", ["update", "status"])
+def test_a_document_that_is_no_object_is_a_bad_request(verb: str) -> None:
+    for asked in (["no", "object"], "text", 5, None):
+        said = answer(verb, asked, facility="aps")  # type: ignore[arg-type]
+        assert said["error"]["code"] == "bad-request"
 
 
 def test_a_changed_configuration_counts_from_the_next_call(monkeypatch: pytest.MonkeyPatch) -> None:
