@@ -156,8 +156,7 @@ pub async fn probe(relay: Arc<Relay>) {
         if !relay.is_proven_through() {
             let kind = if relay.config.probe == Probe::Target { Kind::ProbeTarget } else { Kind::ProbePath };
             match probe_all(&relay, kind).await {
-                Ok(true) => relay.proven(relay.config.probe),
-                Ok(false) => {}
+                Ok(_) => {}
                 Err(failure) => relay.note_probe(failure),
             }
         }
@@ -183,8 +182,10 @@ pub async fn probe(relay: Arc<Relay>) {
     }
 }
 
-/// One round. False: there is nothing to probe yet.
+/// One round. False: there is nothing to probe yet, or other peers since it began.
 async fn probe_all(relay: &Arc<Relay>, kind: Kind) -> Result<bool, ProbeResult> {
+    // In this order: dials may be newer than this, and then count for nothing.
+    let changes = relay.peers_changed();
     let dials = relay.dials();
     if dials.is_empty() {
         return Ok(false);
@@ -196,7 +197,13 @@ async fn probe_all(relay: &Arc<Relay>, kind: Kind) -> Result<bool, ProbeResult> 
     }
     let (mut address, mut failure, mut lost) = (None, None, false);
     // All of them: a listener that is not ready is no reason to hang up on the others.
-    while let Some(probed) = probes.join_next().await {
+    loop {
+        let probed = tokio::select! {
+            probed = probes.join_next() => probed,
+            // PROD may hold a probe for seconds; who is no peer any more is not waited for.
+            () = relay.peers_change(changes) => return Ok(false),
+        };
+        let Some(probed) = probed else { break };
         match probed {
             Ok(Ok(probed)) => address = Some(probed),
             Ok(Err(failed)) => failure = failure.or(Some(failed)),
@@ -210,8 +217,11 @@ async fn probe_all(relay: &Arc<Relay>, kind: Kind) -> Result<bool, ProbeResult> 
     if lost {
         return Ok(false);
     }
-    relay.note_probe(ProbeResult { result: "ok", errno: None, address, at: Instant::now() });
-    Ok(true)
+    let proven = relay.proven_of(changes, relay.config.probe);
+    if proven {
+        relay.note_probe(ProbeResult { result: "ok", errno: None, address, at: Instant::now() });
+    }
+    Ok(proven)
 }
 
 /// A renewal at CONS reaches each PROD relay over the leg that its key has proven. What does not arrive is tried again.

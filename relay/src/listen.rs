@@ -63,6 +63,7 @@ pub fn bind(
                 accepted: AtomicU64::new(0),
                 refused: AtomicU64::new(0),
                 has_said_not_ready: AtomicBool::new(false),
+                held: AtomicU64::new(0),
             };
             (Arc::new(listener), socket)
         }));
@@ -367,6 +368,7 @@ mod tests {
             accepted: AtomicU64::new(0),
             refused: AtomicU64::new(0),
             has_said_not_ready: AtomicBool::new(false),
+            held: AtomicU64::new(0),
         });
         let (workers, most, rounds) = (4, 2, 20_000);
         let barrier = Barrier::new(workers);

@@ -3,16 +3,21 @@
 
 use std::collections::HashMap;
 use std::sync::Arc;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
-use s2ds_sys::{set_max_pacing_rate, tcp_info};
+use s2ds_sys::{TcpInfo, set_max_pacing_rate, tcp_info};
+use tokio::net::TcpStream;
 
-use crate::connection::{Connection, lock};
+use crate::connection::Connection;
 
 /// A connection that has used so much of its share, and has more to send, gets more.
 const USED: f64 = 0.75;
 /// What a socket may be behind its share because it sends whole segments: two of the longest that the kernel makes.
 const LUMP_BYTES: f64 = 131_072.0;
+/// The longest (`GSO_LEGACY_MAX_SIZE`).
+const LONGEST_SEND_BYTES: u32 = 65_536;
+/// Between two divisions.
+pub const TICK: Duration = Duration::from_millis(100);
 /// Room for one that has not used its share up: it may grow before the next division.
 const ROOM: f64 = 1.25;
 /// A reader that has taken nothing for so long needs nothing, whatever waits for it.
@@ -29,10 +34,18 @@ struct Use {
     /// What it was allowed; 0 if it is new.
     share_bytes_per_s: f64,
     moved_bytes: f64,
-    /// There is more to send than the socket has sent, and its reader takes it.
-    waits: bool,
-    /// One lump of this many bytes must not hold a socket for longer than until the next division.
-    least_lump_bytes: f64,
+    /// There is more to send than the socket has sent.
+    unsent: bool,
+    /// Its reader has taken nothing for long.
+    stuck: bool,
+    /// The kernel sends no less at once; it must not hold a socket that begins for longer than until the next division.
+    lump_bytes: f64,
+}
+
+impl Use {
+    fn waits(&self) -> bool {
+        self.unsent && !self.stuck
+    }
 }
 
 /// Keeps the shares of one relay's connections.
@@ -46,6 +59,30 @@ pub struct Pacer {
 struct Share {
     bytes_per_s: f64,
     acked_bytes: u64,
+    /// When that was last seen to be more than before.
+    acked: Instant,
+}
+
+impl Share {
+    /// With a small share a socket may rightly be silent for long.
+    fn is_stuck(&self, now: Instant, lump_bytes: f64) -> bool {
+        (now - self.acked).as_secs_f64() > STUCK_S.max(2.0 * lump_bytes / self.bytes_per_s)
+    }
+}
+
+/// What the kernel sends at once at least, whatever the rate: two segments, and the more the nearer the receiver is, up to the longest
+/// (`tcp_tso_autosize`, since Linux 5.18).
+fn lump_bytes(info: &TcpInfo) -> f64 {
+    let near = LONGEST_SEND_BYTES >> (info.min_rtt_us >> 9).min(16);
+    f64::from((2 * info.mss_bytes + near).min(LONGEST_SEND_BYTES))
+}
+
+/// What a connection may send from its first byte until the next division.
+pub fn begin(wan: &TcpStream, rate_mbits_per_s: u64, connections: usize) {
+    let rate = rate_mbits_per_s as f64 * 125_000.0;
+    let least = tcp_info(wan).map_or(0.0, |info| lump_bytes(&info)) / TICK.as_secs_f64();
+    let share = (rate / connections.max(1) as f64).max(least).min(rate);
+    let _ = set_max_pacing_rate(wan, share as u64);
 }
 
 impl Pacer {
@@ -57,6 +94,7 @@ impl Pacer {
     /// and once when it has been lifted.
     pub fn pace(&mut self, now: Instant, connections: &[Arc<Connection>], rate_mbits_per_s: u64) {
         let elapsed_s = (now - self.divided).as_secs_f64();
+        let first = elapsed_s <= 0.0;
         self.divided = now;
         let before = std::mem::take(&mut self.shares);
         let mut uses = Vec::with_capacity(connections.len());
@@ -70,32 +108,43 @@ impl Pacer {
                 continue;
             }
             let share = before.get(&connection.id);
+            // One that is new here has begun since the last division.
+            let moved = info.acked_bytes.saturating_sub(share.map_or(0, |share| share.acked_bytes));
             uses.push(Use {
                 share_bytes_per_s: share.map_or(0.0, |share| share.bytes_per_s),
-                moved_bytes: info.acked_bytes.saturating_sub(share.map_or(0, |share| share.acked_bytes))
-                    as f64,
-                waits: info.notsent_bytes > 0 && lock(&connection.gauge).idle_s(now) < STUCK_S,
-                least_lump_bytes: f64::from(info.mss_bytes) * 2.0,
+                // At the first division nobody has sent anything of this rate.
+                moved_bytes: if first { 0 } else { moved } as f64,
+                unsent: info.notsent_bytes > 0,
+                stuck: share.is_some_and(|share| share.is_stuck(now, lump_bytes(&info))),
+                lump_bytes: lump_bytes(&info),
             });
-            wan_legs.push((connection.id, legs.wan, info.acked_bytes));
+            let acked = share.filter(|_| moved == 0).map_or(now, |share| share.acked);
+            wan_legs.push((connection.id, legs.wan, info.acked_bytes, acked));
         }
-        if rate_mbits_per_s == 0 || elapsed_s <= 0.0 {
+        if rate_mbits_per_s == 0 {
             return;
         }
         let rate = rate_mbits_per_s as f64 * 125_000.0;
+        if first {
+            for (id, wan, acked_bytes, acked) in wan_legs {
+                begin(&wan, rate_mbits_per_s, connections.len());
+                self.shares
+                    .insert(id, Share { bytes_per_s: rate / connections.len() as f64, acked_bytes, acked });
+            }
+            return;
+        }
         let moved: f64 = uses.iter().map(|one| one.moved_bytes).sum();
         let debt = self.debt_bytes + moved - rate * elapsed_s;
         // Who has nothing to send is not late.
-        let late = if uses.iter().any(|one| one.waits) { rate * LATE_S + LUMP_BYTES } else { 0.0 };
+        let late = if uses.iter().any(Use::waits) { rate * LATE_S + LUMP_BYTES } else { 0.0 };
         self.debt_bytes = debt.clamp(-late, rate * EVENED_WITHIN_S + LUMP_BYTES);
         // Up to a lump it is chance.
         let certain = self.debt_bytes - self.debt_bytes.clamp(-LUMP_BYTES, LUMP_BYTES);
         let to_divide = (rate - certain / EVENED_WITHIN_S).max(rate / 2.0);
-        for ((id, wan, acked_bytes), bytes_per_s) in
-            wan_legs.into_iter().zip(divide(to_divide, elapsed_s, &uses))
-        {
+        let shares = divide(to_divide, elapsed_s, &uses);
+        for ((id, wan, acked_bytes, acked), bytes_per_s) in wan_legs.into_iter().zip(shares) {
             let _ = set_max_pacing_rate(&*wan, bytes_per_s as u64);
-            self.shares.insert(id, Share { bytes_per_s, acked_bytes });
+            self.shares.insert(id, Share { bytes_per_s, acked_bytes, acked });
         }
     }
 }
@@ -107,7 +156,7 @@ fn divide(rate: f64, elapsed_s: f64, uses: &[Use]) -> Vec<f64> {
     let even = rate / uses.len() as f64;
     let wants_more = |one: &Use| {
         let had = if one.share_bytes_per_s > 0.0 { one.share_bytes_per_s } else { even };
-        one.waits && one.moved_bytes + LUMP_BYTES >= USED * had * elapsed_s
+        one.waits() && one.moved_bytes + LUMP_BYTES >= USED * had * elapsed_s
     };
     let needs = |one: &Use| one.moved_bytes / elapsed_s * ROOM;
     let mut modest: Vec<f64> = uses.iter().filter(|one| !wants_more(one)).map(needs).collect();
@@ -119,8 +168,8 @@ fn divide(rate: f64, elapsed_s: f64, uses: &[Use]) -> Vec<f64> {
     }
     uses.iter()
         .map(|one| {
-            let least = one.least_lump_bytes / elapsed_s;
             // One that goes on is early or late by a lump; one that begins would be held by its first.
+            let least = if one.unsent { 0.0 } else { one.lump_bytes / elapsed_s };
             let share = if wants_more(one) { left / sharers as f64 } else { needs(one).max(even).max(least) };
             share.min(rate)
         })
@@ -136,7 +185,7 @@ mod tests {
 
     fn used(share: f64, part: f64, waits: bool) -> Use {
         let moved_bytes = share * part * TICK_S;
-        Use { share_bytes_per_s: share, moved_bytes, waits, least_lump_bytes: 3000.0 }
+        Use { share_bytes_per_s: share, moved_bytes, unsent: waits, stuck: false, lump_bytes: 3000.0 }
     }
 
     #[test]

@@ -3,7 +3,7 @@
 use std::io;
 use std::net::SocketAddr;
 use std::sync::Arc;
-use std::sync::atomic::Ordering;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
 use rustix::net::RecvFlags;
@@ -21,7 +21,10 @@ use crate::tls::{HandshakeError, Session};
 /// An application that has sent something and closed within this time after it was connected had a session, a short one.
 const WHOLE_SESSION: Duration = Duration::from_secs(5);
 /// Of the handshake's time-out, which CONS grants besides the time for connecting onwards: so long may a probe wait for a target.
-const HELD: f64 = 0.8;
+const HELD_PART: f64 = 0.8;
+/// And no longer, because it grants its own time-out and not ours.
+const LONGEST_HELD: Duration = Duration::from_secs(4);
+const MOST_HELD: u64 = 4;
 /// Between two attempts at a target that has changed.
 const FIRST_PAUSE: Duration = Duration::from_millis(250);
 const LONGEST_PAUSE: Duration = Duration::from_secs(2);
@@ -86,6 +89,11 @@ async fn admit<'a>(
             };
             match target {
                 None => Verdict::NotReady,
+                // An update may have come while it was held.
+                Some(_) if !is_admitted(relay, wan.session.as_deref(), source) => {
+                    relay.refuse(listener, "peer-source", source.ip());
+                    Verdict::Denied
+                }
                 Some(_) if relay.is_draining() => Verdict::Busy,
                 Some(target) => return Some((wan, request.kind, target)),
             }
@@ -142,6 +150,14 @@ async fn greet(
     Ok((session, asked))
 }
 
+/// Whether the peer that has been proven, or in mode `none` the address, is one of the relay's at this moment.
+fn is_admitted(relay: &Relay, session: Option<&Session>, source: SocketAddr) -> bool {
+    match session {
+        None => relay.has_peers() && relay.admits_source(source.ip()),
+        Some(session) => session.peer_key().is_some_and(|key| relay.admits_peer(key, source.ip())),
+    }
+}
+
 /// The target; or, where the first probe has been told at once that there is none yet, the one that comes within the time that
 /// CONS waits for an answer: a thousand streams that wait for their producers cost hardly a handshake, and each is READY at once.
 async fn target_for_probe(relay: &Relay, listener: &Listener) -> Option<SocketAddr> {
@@ -149,10 +165,30 @@ async fn target_for_probe(relay: &Relay, listener: &Listener) -> Option<SocketAd
     if target.is_some() || !listener.has_said_not_ready.swap(true, Ordering::Relaxed) {
         return target;
     }
+    let _held = Held::enter(&listener.held)?;
     tokio::select! {
         target = relay.target_comes(listener.index) => Some(target),
-        () = tokio::time::sleep(relay.handshake_timeout().mul_f64(HELD)) => None,
+        () = tokio::time::sleep(relay.handshake_timeout().mul_f64(HELD_PART).min(LONGEST_HELD)) => None,
         () = relay.closes_listeners() => None,
+    }
+}
+
+/// One of the probes that a listener holds, until it is dropped.
+struct Held<'a>(&'a AtomicU64);
+
+impl<'a> Held<'a> {
+    /// None: there are enough. Each has a descriptor, and a stream has one CONS relay for a listener, or a few.
+    fn enter(held: &'a AtomicU64) -> Option<Held<'a>> {
+        (held.fetch_add(1, Ordering::Relaxed) < MOST_HELD).then(|| Held(held)).or_else(|| {
+            held.fetch_sub(1, Ordering::Relaxed);
+            None
+        })
+    }
+}
+
+impl Drop for Held<'_> {
+    fn drop(&mut self) {
+        self.0.fetch_sub(1, Ordering::Relaxed);
     }
 }
 

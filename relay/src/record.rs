@@ -198,7 +198,9 @@ impl Records {
         let content = &record[HEADER_BYTES..HEADER_BYTES + length];
         match (content_type, content) {
             (DATA, _) => {
-                self.new_keys_in_a_row = 0;
+                if length > 0 {
+                    self.new_keys_in_a_row = 0;
+                }
                 Ok(Content::Data(length))
             }
             (ALERT, [_, description]) => match AlertDescription::from(*description) {

@@ -21,6 +21,7 @@ use crate::events::Events;
 use crate::gauge;
 use crate::key::{Identity, PublicKey};
 use crate::ktls::{KernelTls, Unable};
+use crate::pace;
 use crate::preamble::Kind;
 
 #[derive(Clone, Copy, Debug, Eq, PartialEq, Serialize)]
@@ -95,6 +96,8 @@ pub struct Listener {
     pub refused: AtomicU64,
     /// A probe has been told that there is no target yet: the next ones wait for one.
     pub has_said_not_ready: AtomicBool,
+    /// So many do.
+    pub held: AtomicU64,
 }
 
 pub struct Relay {
@@ -141,6 +144,7 @@ const MOST_PROVEN_SOURCES: usize = 256;
 struct Live {
     targets: Vec<SocketAddr>,
     peers: Vec<Peer>,
+    peers_changed: u64,
     /// The addresses from which a key has been proven; one that must come from elsewhere by now does not count.
     proven_sources: HashMap<IpAddr, PublicKey>,
     sources: Vec<Network>,
@@ -209,6 +213,7 @@ impl Relay {
             live: Mutex::new(Live {
                 targets: config.targets.clone(),
                 peers: config.peers.clone(),
+                peers_changed: 0,
                 proven_sources: HashMap::new(),
                 sources: config.sources.clone(),
                 rate_mbits_per_s: config.rate_mbits_per_s,
@@ -445,6 +450,38 @@ impl Relay {
         self.wake.notify_one();
     }
 
+    /// CONS has got through to all peers that it had when they had changed so often. False: they are others by now.
+    pub fn proven_of(&self, changes: u64, proof: Probe) -> bool {
+        let mut live = self.live();
+        if live.peers_changed != changes {
+            return false;
+        }
+        live.proof = Some(proof);
+        live.hello_end = None;
+        drop(live);
+        self.wake.notify_one();
+        true
+    }
+
+    /// How often the peers have changed.
+    pub fn peers_changed(&self) -> u64 {
+        self.live().peers_changed
+    }
+
+    /// Returns once they have changed more often.
+    pub async fn peers_change(&self, changes: u64) {
+        loop {
+            let changed = self.changed.notified();
+            tokio::pin!(changed);
+            // From here on no change is missed.
+            changed.as_mut().enable();
+            if self.peers_changed() != changes {
+                return;
+            }
+            changed.await;
+        }
+    }
+
     pub fn is_proven_through(&self) -> bool {
         self.live().proof.is_some()
     }
@@ -481,12 +518,10 @@ impl Relay {
         live.total += 1;
         live.hello_end = None;
         let first = live.total == 1;
-        let rate = live.rate_mbits_per_s;
-        let share = rate.saturating_mul(125_000) / live.connections.len().max(1) as u64;
+        let (rate, connections) = (live.rate_mbits_per_s, live.connections.len());
         drop(live);
         if let Some(legs) = connection.legs().filter(|_| rate > 0) {
-            // Until the next division.
-            let _ = s2ds_sys::set_max_pacing_rate(&*legs.wan, share);
+            pace::begin(&legs.wan, rate, connections);
         }
         self.events.emit_if_room("open", || connection.describe());
         if first || rate > 0 || self.at_rest.load(Ordering::Relaxed) {
@@ -673,6 +708,7 @@ impl Relay {
                 |key| peers.iter().any(|peer| peer.public_key == key && peer.source_addresses.is_empty());
             live.proven_sources.retain(|_, key| from_anywhere(*key));
             live.peers = peers;
+            live.peers_changed += 1;
         }
         if let Some(sources) = changes.sources {
             live.sources = sources;

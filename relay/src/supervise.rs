@@ -5,13 +5,11 @@ use std::time::{Duration, Instant};
 
 use crate::carry::{LAN_SILENT, WAN_SILENT};
 use crate::connection::{Connection, Leg, lock};
-use crate::pace::Pacer;
+use crate::pace::{self, Pacer};
 use crate::relay::{End, Relay};
 
 /// How often connections are looked at while there are any.
 const TICK: Duration = Duration::from_millis(250);
-/// How often a rate is divided anew.
-const PACING_TICK: Duration = Duration::from_millis(100);
 const REFUSALS: Duration = Duration::from_secs(1);
 /// A scan that goes on for hours must not fill the log: after so many summaries they come once a minute.
 const MANY_SUMMARIES: u32 = 60;
@@ -34,7 +32,7 @@ pub async fn supervise(relay: &Arc<Relay>) -> End {
     loop {
         let now = Instant::now();
         let rate = relay.rate_mbits_per_s();
-        let tick = if rate > 0 { PACING_TICK } else { TICK };
+        let tick = if rate > 0 { pace::TICK } else { TICK };
         if sampled.is_none_or(|at| now - at >= tick) {
             sampled = Some(now);
             relay.look_at_kept();

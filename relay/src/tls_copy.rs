@@ -237,8 +237,9 @@ impl Pump {
                     }
                     Err(fault) => {
                         // What was in order before it arrives, as far as the LAN takes it now.
-                        if inbox.has_pieces() {
-                            flow.add(inbox.deliver(lan).unwrap_or(0));
+                        while inbox.has_pieces() {
+                            let Ok(moved) = inbox.deliver(lan) else { break };
+                            flow.add(moved);
                         }
                         self.tell(&fault, wan);
                         Err(LegError::tls(&fault.error))

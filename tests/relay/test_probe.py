@@ -2,6 +2,10 @@
 
 import select
 import socket
+import time
+from typing import Any
+
+import psutil
 
 from .apps import Applications, Payload, receive, receive_exactly, receive_until_broken, send_and_end
 from .gateway import Gateway, eventually, join
@@ -136,6 +140,38 @@ def test_targets_given_late_make_the_stream_ready(gateway: Gateway, apps: Applic
     assert pair.cons.status()["state"] == "LISTENING"
     pair.prod.update(targets=[join(server.getsockname())])
     pair.wait_ready()
+
+
+def test_a_probe_that_is_held_proves_nothing_of_peers_that_came_after_it(
+    gateway: Gateway, apps: Applications, mode: str
+) -> None:
+    """CONS has been given other peers while its probe waited for the first one's target."""
+    server = apps.listen()
+    pair = gateway.pair(mode, [], ready=False, prod={"handshake_timeout_s": 60})
+    eventually(lambda: (pair.cons.status()["last_probe"] or {}).get("result") == "not-ready")
+    other = gateway.start(gateway.config("PROD", mode))
+
+    def held() -> list[tuple[object, ...]]:
+        """The addresses of CONS that are connected to PROD."""
+        return [
+            tuple(one.laddr) for one in psutil.net_connections("tcp4") if one.raddr == pair.prod.address()
+        ]
+
+    def one_is_held() -> bool:
+        """It is there for longer than a handshake takes."""
+        before = held()
+        time.sleep(0.2)
+        return bool(set(before) & set(held()))
+
+    def asked_of_the_other() -> dict[str, Any]:
+        probe: dict[str, Any] = pair.cons.status()["last_probe"] or {}
+        return probe if probe.get("address") == join(other.address()) else {}
+
+    eventually(one_is_held)
+    pair.cons.update(peers=[gateway.peer_of(other)])
+    pair.prod.update(targets=[join(server.getsockname())])
+    assert eventually(asked_of_the_other)["result"] != "ok"
+    assert pair.cons.status()["state"] == "LISTENING"
 
 
 def test_a_refusing_target_is_named_with_its_errno(gateway: Gateway, apps: Applications, mode: str) -> None:

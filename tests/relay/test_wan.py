@@ -92,6 +92,35 @@ def test_a_second_probe_is_answered_when_there_is_a_target(gateway: Gateway, app
     assert nobody_waits(target)
 
 
+def test_who_is_no_peer_any_more_hears_of_no_target(gateway: Gateway, apps: Applications) -> None:
+    """Its probe was held, and the update came meanwhile."""
+    target = apps.listen()
+    prod = gateway.start(gateway.config("PROD", "none", sources=[], handshake_timeout_s=60))
+    peer = {"public_key": prod.public_key, "source_addresses": ["127.0.0.1"]}
+    prod.update(peers=[peer])
+    first, held = apps.dial(prod.address()), apps.dial(prod.address())
+    first.sendall(request(prod, kind=PROBE_TARGET))
+    assert receive_exactly(first, 32)[5] == NOT_READY
+    held.sendall(request(prod, kind=PROBE_TARGET))
+    assert select.select([held], [], [], 0.3)[0] == []
+    prod.update(peers=[peer | {"source_addresses": ["127.0.0.9"]}], targets=[join(target.getsockname())])
+    assert receive_exactly(held, 32)[5] == DENIED
+    assert prod.status()["proof"] is None
+    assert nobody_waits(target)
+
+
+def test_a_peer_that_probes_again_and_again_is_not_held_in_ever_more_places(
+    gateway: Gateway, apps: Applications
+) -> None:
+    prod = gateway.start(gateway.config("PROD", "none", sources=[], handshake_timeout_s=60))
+    prod.update(peers=[{"public_key": prod.public_key, "source_addresses": ["127.0.0.1"]}])
+    probes = [apps.dial(prod.address()) for _ in range(50)]
+    for probe in probes:
+        probe.sendall(request(prod, kind=PROBE_TARGET))
+    # the first, and all but the few that may wait
+    eventually(lambda: len(select.select(probes, [], [], 0)[0]) >= 46)
+
+
 def test_the_answer_is_as_documented_and_payload_may_follow_the_request_at_once(
     gateway: Gateway, apps: Applications
 ) -> None:
