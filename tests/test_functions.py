@@ -71,6 +71,7 @@ def dask_workers(tmp_path: Path) -> Iterator[Executor]:
             threads_per_worker=1,
             dashboard_address=None,
             local_directory=str(tmp_path / "dask"),
+            dashboard_address=None,
         ) as cluster,
         distributed.Client(cluster) as client,
         client.get_executor() as executor,

@@ -94,7 +94,8 @@ def received(listener: str, source: str) -> bytes:
         contextlib.suppress(ConnectionResetError),
         socket.create_connection(split_address(listener), 5, source_address=(source, 0)) as connection,
     ):
-        connection.shutdown(socket.SHUT_WR)
+        with contextlib.suppress(OSError):  # ENOTCONN: reset before
+            connection.shutdown(socket.SHUT_WR)
         while some := connection.recv(1 << 16):
             said += some
     return said
