@@ -69,9 +69,8 @@ def dask_workers(tmp_path: Path) -> Iterator[Executor]:
         distributed.LocalCluster(
             n_workers=1,
             threads_per_worker=1,
-            dashboard_address=None,
+            dashboard_address="127.0.0.1:0",  # with None it has the fixed port of its page
             local_directory=str(tmp_path / "dask"),
-            dashboard_address=None,
         ) as cluster,
         distributed.Client(cluster) as client,
         client.get_executor() as executor,
