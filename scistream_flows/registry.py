@@ -266,10 +266,13 @@ class Registry:
             yield
 
     @contextlib.contextmanager
-    def lock_if_free(self, key: Key) -> Iterator[bool]:
-        """Hold the stream `key` if nobody does; answers whether it is held."""
+    def lock_if_free(self, key: Key, *, patience_s: float = 0) -> Iterator[bool]:
+        """Hold the stream `key` if nobody does, or soon nobody; answers whether it is held."""
         with contextlib.ExitStack() as stack:
-            yield self._try_lock(key, stack)
+            deadline = time.monotonic() + patience_s
+            while not (held := self._try_lock(key, stack)) and time.monotonic() < deadline:
+                time.sleep(0.01)
+            yield held
 
     def _try_lock(self, key: Key, stack: contextlib.ExitStack) -> bool:
         # One byte of one file per stream, locked by open file description: the kernel frees it with the process,

@@ -1134,13 +1134,15 @@ class S2CS:
                 if row.phase == "opening" or row.outlived or gone:
                     due[row.key, row.stream] = None
             for key, number in due:
-                self._settle_if_free(key, number)
+                # Who waits for room gives whoever is just ending a stream the time for it. Two that hold a stream
+                # each and want the other's wait no longer than this.
+                self._settle_if_free(key, number, patience_s=0 if since is None else 1)
         finally:
             self._sweeping.release()
         return True
 
-    def _settle_if_free(self, key: Key, number: int) -> None:
-        with self._registry.lock_if_free(key) as held:
+    def _settle_if_free(self, key: Key, number: int, *, patience_s: float) -> None:
+        with self._registry.lock_if_free(key, patience_s=patience_s) as held:
             now = self._registry.find(key) if held else None
             if now is None or now.id != number:
                 return
