@@ -73,7 +73,7 @@ impl Share {
 /// What the kernel sends at once at least, whatever the rate: two segments, and the more the nearer the receiver is, up to the longest
 /// (`tcp_tso_autosize`, since Linux 5.18).
 fn lump_bytes(info: &TcpInfo) -> f64 {
-    let near = LONGEST_SEND_BYTES >> (info.min_rtt_us >> 9).min(16);
+    let near = LONGEST_SEND_BYTES >> (info.min_rtt_us >> 9).min(31);
     f64::from((2 * info.mss_bytes + near).min(LONGEST_SEND_BYTES))
 }
 
@@ -223,6 +223,20 @@ mod tests {
         for (part, waits) in [(0.0, false), (0.5, false), (1.0, true)] {
             assert_eq!(divide(RATE, TICK_S, &[used(RATE, part, waits)]), [RATE]);
         }
+    }
+
+    #[test]
+    fn a_lump_is_long_where_the_receiver_is_near_and_two_segments_where_it_is_far() {
+        let at = |min_rtt_us| lump_bytes(&TcpInfo { min_rtt_us, mss_bytes: 1448, ..TcpInfo::default() });
+        assert_eq!([at(50), at(50_000)], [65_536.0, 2896.0]);
+    }
+
+    #[test]
+    fn one_with_a_small_share_is_not_stuck_while_its_lumps_are_due() {
+        let acked = Instant::now();
+        let after_2_s = acked + Duration::from_secs(2);
+        let of = |bytes_per_s| Share { bytes_per_s, acked_bytes: 0, acked }.is_stuck(after_2_s, 65_536.0);
+        assert_eq!([of(30_000.0), of(1e6)], [false, true]);
     }
 
     #[test]

@@ -90,7 +90,9 @@ async fn admit<'a>(
             match target {
                 None => Verdict::NotReady,
                 // An update may have come while it was held.
-                Some(_) if !is_admitted(relay, wan.session.as_deref(), source) => {
+                Some(_)
+                    if request.kind != Kind::Data && !is_admitted(relay, wan.session.as_deref(), source) =>
+                {
                     relay.refuse(listener, "peer-source", source.ip());
                     Verdict::Denied
                 }
@@ -117,7 +119,7 @@ async fn greet(
     let session = if relay.config.mode == Mode::None {
         read_exact(stream, &mut message).await.map_err(|_| "preamble")?;
         // An update may have come while it was silent.
-        if !relay.has_peers() || !relay.admits_source(source.ip()) {
+        if !is_admitted(relay, None, source) {
             return Err("source");
         }
         None
@@ -179,10 +181,8 @@ struct Held<'a>(&'a AtomicU64);
 impl<'a> Held<'a> {
     /// None: there are enough. Each has a descriptor, and a stream has one CONS relay for a listener, or a few.
     fn enter(held: &'a AtomicU64) -> Option<Held<'a>> {
-        (held.fetch_add(1, Ordering::Relaxed) < MOST_HELD).then(|| Held(held)).or_else(|| {
-            held.fetch_sub(1, Ordering::Relaxed);
-            None
-        })
+        let one_more = |count| (count < MOST_HELD).then_some(count + 1);
+        held.fetch_update(Ordering::Relaxed, Ordering::Relaxed, one_more).ok().map(|_| Held(held))
     }
 }
 

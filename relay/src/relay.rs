@@ -334,13 +334,18 @@ impl Relay {
 
     /// The same, once there is one.
     pub async fn target_comes(&self, index: u16) -> SocketAddr {
+        self.comes(|| self.target(index)).await
+    }
+
+    /// What an update may bring, once `look` finds it.
+    async fn comes<T>(&self, look: impl Fn() -> Option<T>) -> T {
         loop {
             let changed = self.changed.notified();
             tokio::pin!(changed);
             // From here on no change is missed.
             changed.as_mut().enable();
-            if let Some(target) = self.target(index) {
-                return target;
+            if let Some(found) = look() {
+                return found;
             }
             changed.await;
         }
@@ -470,16 +475,7 @@ impl Relay {
 
     /// Returns once they have changed more often.
     pub async fn peers_change(&self, changes: u64) {
-        loop {
-            let changed = self.changed.notified();
-            tokio::pin!(changed);
-            // From here on no change is missed.
-            changed.as_mut().enable();
-            if self.peers_changed() != changes {
-                return;
-            }
-            changed.await;
-        }
+        self.comes(|| (self.peers_changed() != changes).then_some(())).await;
     }
 
     pub fn is_proven_through(&self) -> bool {
