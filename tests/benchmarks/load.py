@@ -24,9 +24,8 @@ PERIOD_BYTES = 4_194_301
 CHUNK_BYTES = 1 << 20
 SAMPLE_BYTES = 1 << 16
 SAMPLE_EVERY_BYTES = 1 << 24
-HEADER = struct.Struct(
-    ">cIQQ"
-)  # kind, number of the connection, how long to send in milliseconds, pacing in bytes/s
+# Kind, number of the connection, milliseconds to send, pacing in bytes/s, and the most bytes to send; 0 is no limit.
+HEADER = struct.Struct(">cIQQQ")
 MESSAGE = bytes(range(64))
 DEADLINE_S = 60.0
 SO_MAX_PACING_RATE = 47  # Python has no name for it before 3.14
@@ -59,6 +58,7 @@ class Served:
     kind: bytes = b""
     number: int = 0
     duration_s: float = 0
+    most_bytes: int = 0
     until: float = 0
     sent: int = 0
     waiting: bytes = b""
@@ -134,7 +134,7 @@ class Producer:
         else:
             one.head += piece
             if len(one.head) == HEADER.size:
-                one.kind, one.number, milliseconds, pacing = HEADER.unpack(one.head)
+                one.kind, one.number, milliseconds, pacing, one.most_bytes = HEADER.unpack(one.head)
                 one.duration_s = milliseconds / 1000
                 if pacing:
                     one.connection.setsockopt(socket.SOL_SOCKET, SO_MAX_PACING_RATE, struct.pack("Q", pacing))
@@ -143,8 +143,9 @@ class Producer:
                     one.connection.shutdown(socket.SHUT_WR)
 
     def _send(self, one: Served) -> None:
-        if time.monotonic() < one.until:
-            one.sent += one.connection.send(expected(one.number, one.sent, CHUNK_BYTES))
+        left = one.most_bytes - one.sent if one.most_bytes else CHUNK_BYTES
+        if left and time.monotonic() < one.until:
+            one.sent += one.connection.send(expected(one.number, one.sent, min(left, CHUNK_BYTES)))
         else:
             self.sent[one.number] = one.sent
             one.kind, one.until = b"-", 0  # what is left is to hear the consumer's end
@@ -213,18 +214,21 @@ class Consumer:
         slow_s: float = 0,
         timeline: bool = False,
         pacing_bytes_per_s: int = 0,
+        most_bytes: int = 0,
     ) -> dict[str, Any]:
         """Receives on connections at once; the last `idle` ones carry nothing.
 
-        With `slow_s`, that long each connection reads 16 KiB every 50 ms, and after it as fast as it can.
+        With `slow_s`, that long each connection reads 16 KiB every 50 ms, and after it as fast as it can. With
+        `most_bytes` the producer ends each after so many, if its time has not.
         """
         ours = [
             Received(self._dial(address, preamble), self.next_number + i)
             for i, address in enumerate(addresses)
         ]
         self.next_number += len(ours)
+        asks = (int(duration_s * 1000), pacing_bytes_per_s, most_bytes)
         for one in ours:
-            one.connection.sendall(HEADER.pack(b"B", one.number, int(duration_s * 1000), pacing_bytes_per_s))
+            one.connection.sendall(HEADER.pack(b"B", one.number, *asks))
         for one in ours:
             take(one.connection, b"k")
         say({"connected": len(ours)})
@@ -304,7 +308,7 @@ class Consumer:
     def round_trips(self, address: tuple[str, int], duration_s: float) -> dict[str, Any]:
         """64 bytes there and back, one after the other."""
         connection = self._dial(address)
-        connection.sendall(HEADER.pack(b"E", 0, 0, 0))
+        connection.sendall(HEADER.pack(b"E", 0, 0, 0, 0))
         take(connection, b"k")
         for _ in range(200):
             connection.sendall(MESSAGE)
@@ -331,7 +335,7 @@ class Consumer:
     def connects(self, address: tuple[str, int], duration_s: float, at_once: int) -> dict[str, Any]:
         """Connect, one byte back, close; always `at_once` of them under way."""
         poll = select.epoll()
-        header = HEADER.pack(b"C", 0, 0, 0)
+        header = HEADER.pack(b"C", 0, 0, 0, 0)
         ours: dict[int, socket.socket] = {}
 
         def begin() -> None:
@@ -380,7 +384,7 @@ class Consumer:
         for at in range(0, connections, 64):  # no burst that a backlog would drop
             some = [self._dial(address) for _ in range(min(64, connections - at))]
             for one in some:
-                one.sendall(HEADER.pack(b"I", 0, 0, 0))
+                one.sendall(HEADER.pack(b"I", 0, 0, 0, 0))
             for one in some:
                 take(one, b"k")
             ours += some

@@ -143,6 +143,7 @@ class Workload:
         slow_s: float = 0,
         timeline: bool = False,
         pacing_bits_per_s: float = 0,
+        most_bytes: int = 0,
     ) -> Transfer:
         """Everything that goes through in `duration_s`, and what it cost.
 
@@ -158,6 +159,7 @@ class Workload:
             slow_s=slow_s,
             timeline=timeline,
             pacing_bytes_per_s=int(pacing_bits_per_s / 8),
+            most_bytes=most_bytes,
         )
         self._producer.ask()  # from here on counts what it has cost and sent
         family = chain.family()
