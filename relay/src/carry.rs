@@ -45,8 +45,6 @@ async fn carry(mut begun: Box<Begun>) {
     let session = begun.session.take();
     let Begun { books, onward, lan, wan, .. } = &*begun;
     let (relay, connection) = (&*books.0, &*books.1);
-    relay.congestion.settle(lan);
-    relay.congestion.settle(wan);
     connection.connected(*onward, Legs { lan: lan.clone(), wan: wan.clone() });
     relay.streaming(connection);
     let closing = tokio::select! {

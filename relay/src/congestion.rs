@@ -9,6 +9,7 @@ use std::time::Duration;
 
 use rustix::net::sockopt;
 use rustix::net::{AddressFamily, SocketFlags, SocketType, socket_with};
+use s2ds_sys::TcpInfo;
 use tokio::net::TcpStream;
 
 /// Round trips below this stay within a site.
@@ -41,11 +42,11 @@ impl Congestion {
         }
     }
 
-    /// Gives a connected socket the system's own, unless its path is known to be short.
-    pub fn settle(&self, stream: &TcpStream) {
+    /// Gives a connected socket the system's own, unless its path has shown to be short.
+    pub fn settle(&self, stream: &TcpStream, info: &TcpInfo) {
         let Some(own) = &self.0 else { return };
-        let round_trip = s2ds_sys::tcp_info(stream).map(|info| Duration::from_micros(info.min_rtt_us.into()));
-        if !round_trip.is_ok_and(|round_trip| round_trip < SHORT_PATH) {
+        // 0: nothing is known.
+        if info.min_rtt_us == 0 || Duration::from_micros(info.min_rtt_us.into()) >= SHORT_PATH {
             let _ = sockopt::set_tcp_congestion(stream, own);
         }
     }

@@ -121,7 +121,7 @@ pub struct Flow {
     path: AtomicU8,
     pipe_bytes: AtomicUsize,
     no_splice: AtomicBool,
-    short: AtomicBool,
+    long: AtomicBool,
     /// 0 until then.
     ended_ns: AtomicU64,
 }
@@ -166,13 +166,13 @@ impl Flow {
         !self.no_splice.load(Ordering::Relaxed)
     }
 
-    /// Whether what came last was so little that the next is expected to be.
+    /// Whether what comes next is expected to be little: what came last was, or nothing has come yet.
     pub fn is_short(&self) -> bool {
-        self.short.load(Ordering::Relaxed)
+        !self.long.load(Ordering::Relaxed)
     }
 
     pub fn loaded(&self, short: bool) {
-        self.short.store(short, Ordering::Relaxed);
+        self.long.store(!short, Ordering::Relaxed);
     }
 
     /// This direction waits from here on, until the answer is dropped.

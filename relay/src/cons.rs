@@ -72,18 +72,16 @@ async fn call(
     };
     let source = relay.config.onward_source;
     let stream =
-        connect(dial.address, source, relay.connect_timeout(), relay.user_timeout(), &relay.congestion)
-            .await
-            .map_err(|error| {
-                let result = match error.kind() {
-                    io::ErrorKind::ConnectionRefused => "refused",
-                    io::ErrorKind::TimedOut => "timeout",
-                    // PROD has accepted, and turned us away before we looked; as below.
-                    io::ErrorKind::ConnectionReset => "not-ready",
-                    _ => "no-route",
-                };
-                failed(result, Some(errno::of(&error)))
-            })?;
+        connect(dial.address, source, relay.connect_timeout(), &relay.congestion).await.map_err(|error| {
+            let result = match error.kind() {
+                io::ErrorKind::ConnectionRefused => "refused",
+                io::ErrorKind::TimedOut => "timeout",
+                // PROD has accepted, and turned us away before we looked; as below.
+                io::ErrorKind::ConnectionReset => "not-ready",
+                _ => "no-route",
+            };
+            failed(result, Some(errno::of(&error)))
+        })?;
     // PROD may need its own connect time-out before it can answer.
     let timeout = relay.handshake_timeout() + relay.connect_timeout();
     let conversation = async {

@@ -195,6 +195,11 @@ impl Gauge {
         });
     }
 
+    /// No sample has been taken.
+    pub fn is_new(&self) -> bool {
+        self.last_moved.is_none()
+    }
+
     /// Bytes have moved since the last sample.
     pub fn has_moved(&self, connection: &Connection) -> bool {
         self.last_moved.is_none_or(|(_, bytes)| bytes != connection.bytes())

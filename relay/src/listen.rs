@@ -16,7 +16,7 @@ use crate::control::MOST_CLIENTS;
 use crate::errno;
 use crate::pipe::LEAST_PIPES;
 use crate::relay::{Listener, NO_PEERS, Relay};
-use crate::socket::prepare;
+use crate::socket::{prepare, watch};
 use crate::workers::{DESCRIPTORS_OF_A_RUNTIME, Workers};
 use crate::{carry, cons, prod};
 
@@ -151,8 +151,9 @@ fn open(
         socket.set_only_v6(true)?;
     }
     congestion.begin(&socket);
+    prepare(&socket)?;
     // What is accepted inherits all of it, before anybody can know of it. The warning is given where connections are accepted.
-    let _ = prepare(&socket, user_timeout)?;
+    let _ = watch(&socket, user_timeout);
     socket.bind(&address.into())?;
     socket.listen(BACKLOG)?;
     Ok(socket.into())
@@ -193,7 +194,7 @@ pub async fn serve(
     listener: Arc<Listener>,
     socket: TcpListener,
 ) {
-    if let Ok(Some(error)) = prepare(&socket, relay.user_timeout()) {
+    if let Err(error) = watch(&socket, relay.user_timeout()) {
         relay.warn_of_keepalive(&error);
     }
     let closes = relay.closes_listeners();

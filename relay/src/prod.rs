@@ -241,14 +241,7 @@ async fn begin_data(
 }
 
 async fn onward(relay: &Relay, target: SocketAddr) -> io::Result<TcpStream> {
-    connect(
-        target,
-        relay.config.onward_source,
-        relay.connect_timeout(),
-        relay.user_timeout(),
-        &relay.congestion,
-    )
-    .await
+    connect(target, relay.config.onward_source, relay.connect_timeout(), &relay.congestion).await
 }
 
 /// The connection that a probe left, or a new one.

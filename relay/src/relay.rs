@@ -390,6 +390,7 @@ impl Relay {
         let mut live = self.live();
         if live.targets.contains(&target) && !live.proven_targets.contains(&target) {
             live.proven_targets.push(target);
+            let _ = crate::socket::watch(&stream, self.user_timeout());
             live.kept.insert(target, Kept { stream, since: Instant::now(), closed_after: None });
         } else {
             crate::socket::close_in_order(&stream);

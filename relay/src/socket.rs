@@ -21,19 +21,22 @@ const KEEPALIVE_S: (u64, u64) = (1, 32767);
 ///
 /// SO_LINGER {on, 0} comes first and stays until an orderly close: whatever ends this process, SIGKILL included, the peer sees
 /// a reset and never a clean end of a stream that was cut. No SO_RCVBUF or SO_SNDBUF: they would switch the kernel's
-/// auto-tuning off. A keepalive or TCP_USER_TIMEOUT that cannot be set only makes a dead peer be noticed later, so it is no
-/// reason to refuse the connection: it is returned as a warning.
-pub fn prepare(socket: impl AsFd, user_timeout: Duration) -> io::Result<Option<io::Error>> {
+/// auto-tuning off.
+pub fn prepare(socket: impl AsFd) -> io::Result<()> {
     sockopt::set_socket_linger(&socket, Some(Duration::ZERO))?;
-    sockopt::set_tcp_nodelay(&socket, true)?;
+    Ok(sockopt::set_tcp_nodelay(&socket, true)?)
+}
+
+/// Has the kernel find out that a peer is gone. Not being able to only makes it be noticed later, so it is no reason to refuse
+/// a connection. A connected socket gets this once it lasts: most of what is short would pay for it and not live to need it.
+pub fn watch(socket: impl AsFd, user_timeout: Duration) -> io::Result<()> {
     let pause = (user_timeout / KEEPALIVES_A_TIMEOUT).as_secs().clamp(KEEPALIVE_S.0, KEEPALIVE_S.1);
     let pause = Duration::from_secs(pause);
-    let set = sockopt::set_socket_keepalive(&socket, true)
-        .and_then(|()| sockopt::set_tcp_keepidle(&socket, pause))
-        .and_then(|()| sockopt::set_tcp_keepintvl(&socket, pause))
-        .and_then(|()| sockopt::set_tcp_keepcnt(&socket, KEEPALIVES_A_TIMEOUT))
-        .and_then(|()| sockopt::set_tcp_user_timeout(&socket, milliseconds(user_timeout)));
-    Ok(set.err().map(io::Error::from))
+    sockopt::set_socket_keepalive(&socket, true)?;
+    sockopt::set_tcp_keepidle(&socket, pause)?;
+    sockopt::set_tcp_keepintvl(&socket, pause)?;
+    sockopt::set_tcp_keepcnt(&socket, KEEPALIVES_A_TIMEOUT)?;
+    Ok(sockopt::set_tcp_user_timeout(&socket, milliseconds(user_timeout))?)
 }
 
 /// A time-out as TCP_USER_TIMEOUT takes it: what is longer than its 24 days is 24 days.
@@ -73,12 +76,10 @@ pub async fn connect(
     address: SocketAddr,
     source: Option<IpAddr>,
     timeout: Duration,
-    user_timeout: Duration,
     congestion: &Congestion,
 ) -> io::Result<TcpStream> {
     let socket = if address.is_ipv4() { TcpSocket::new_v4()? } else { TcpSocket::new_v6()? };
-    // What cannot be set here can neither where the relay accepts, and is said there.
-    let _ = prepare(&socket, user_timeout)?;
+    prepare(&socket)?;
     congestion.begin(&socket);
     if let Some(source) = source {
         socket.bind(SocketAddr::new(source, 0))?;
@@ -126,7 +127,8 @@ mod tests {
     #[test]
     fn what_is_accepted_has_every_option_of_its_listening_socket() {
         let listener = socket2::Socket::new(socket2::Domain::IPV4, socket2::Type::STREAM, None).unwrap();
-        assert!(prepare(&listener, Duration::from_secs(30)).unwrap().is_none());
+        prepare(&listener).unwrap();
+        watch(&listener, Duration::from_secs(30)).unwrap();
         listener.bind(&SocketAddr::from((Ipv4Addr::LOCALHOST, 0)).into()).unwrap();
         listener.listen(1).unwrap();
         let listener = TcpListener::from(listener);

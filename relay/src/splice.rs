@@ -218,6 +218,9 @@ impl Cargo {
             ) {
                 (Ok(length), Some(buffer)) => {
                     flow.loaded(length < SHORT_BYTES);
+                    if flow.path() == Path::Unused {
+                        foretell(flow, (spliced, copied_path));
+                    }
                     Ok(Load::Cargo(Cargo::Buffer(buffer, 0), length))
                 }
                 (Ok(_), None) => Ok(Load::End),
@@ -253,8 +256,8 @@ impl Cargo {
                         flow.loaded(length < SHORT_BYTES);
                         return Ok(Load::Cargo(Cargo::Pipe(pipe), length));
                     }
-                    // Only before a byte has moved: afterwards it is an error like any other.
-                    (Err(error), _) if is_unsupported(&error) && !flow.has_moved() => {
+                    // Nothing was taken, and recv will say what is wrong if it is something else.
+                    (Err(error), _) if is_unsupported(&error) => {
                         give_pipe(pipe);
                         flow.forbid_splice();
                     }
@@ -302,6 +305,17 @@ impl Cargo {
             Cargo::Pipe(pipe) => give_pipe(pipe),
             Cargo::Buffer(buffer, _) => give_buffer(buffer),
         }
+    }
+}
+
+/// The first bytes of a direction are few and copied; its path is the one that more of them would take.
+fn foretell(flow: &Flow, (spliced, copied): (Path, Path)) {
+    match flow.may_splice().then(take_pipe).flatten() {
+        Some(pipe) => {
+            flow.took(spliced, pipe.granted_bytes);
+            give_pipe(pipe);
+        }
+        None => flow.took(copied, 0),
     }
 }
 

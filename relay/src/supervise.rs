@@ -7,6 +7,7 @@ use crate::carry::{LAN_SILENT, WAN_SILENT};
 use crate::connection::{Connection, Leg, lock};
 use crate::pace::{self, Pacer};
 use crate::relay::{End, Relay};
+use crate::socket::watch;
 
 /// How often connections are looked at while there are any.
 const TICK: Duration = Duration::from_millis(250);
@@ -70,7 +71,13 @@ fn look_at(relay: &Relay, connection: &Connection, now: Instant) {
     let Some(legs) = connection.legs() else { return };
     let mut gauge = lock(&connection.gauge);
     if gauge.idle_s(now) < SETTLED_S || gauge.has_moved(connection) || connection.has_pause() {
+        let is_new = gauge.is_new();
         for (leg, socket, info) in gauge.sample(now, connection, &legs) {
+            if is_new {
+                relay.congestion.settle(socket, &info);
+                // The one that was accepted has it already.
+                let _ = watch(socket, relay.user_timeout());
+            }
             // Linux counts a closed window against TCP_USER_TIMEOUT even while the peer answers every probe (since 5.11), and
             // would cut a stream whose reader only pauses. So the time-out holds only while the peer takes data.
             let paused = info.send_window_bytes.is_some_and(|window| window < info.mss_bytes);

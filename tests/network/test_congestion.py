@@ -23,11 +23,16 @@ def pair_where_new_sockets_have(own: str, facilities: Facilities, mode: str) -> 
     return server, facilities.pair(mode, server.getsockname())
 
 
-def of_a_connection(facilities: Facilities, server: socket.socket, pair: Pair) -> set[tuple[str, str]]:
-    """What the sockets on the LAN and on the WAN have, of either relay, for one more connection."""
+def of_one_more_and_all_before(
+    facilities: Facilities, server: socket.socket, pair: Pair
+) -> list[set[tuple[str, str]]]:
+    """Makes a connection; what the sockets on the LAN and on the WAN have, of all connections of either relay."""
     facilities.established(server, pair)
-    legs = [relay.status()["streams"][-1]["legs"] for relay in pair]
-    return {(one["lan"]["congestion_control"], one["wan"]["congestion_control"]) for one in legs}
+    legs = [[stream["legs"] for stream in relay.status()["streams"]] for relay in pair]
+    return [
+        {(one["lan"]["congestion_control"], one["wan"]["congestion_control"]) for one in of_relay}
+        for of_relay in legs
+    ]
 
 
 def test_across_a_site_nothing_is_paced_and_over_a_long_way_the_gateways_own_congestion_control_is_used(
@@ -35,10 +40,12 @@ def test_across_a_site_nothing_is_paced_and_over_a_long_way_the_gateways_own_con
 ) -> None:
     facilities.network.wan.delay(0.01)
     server, pair = pair_where_new_sockets_have("bbr", facilities, mode)
-    # A busy machine may take a millisecond to answer on its own LAN: that connection keeps the system's.
-    eventually(lambda: of_a_connection(facilities, server, pair) == {("cubic", "bbr")})
+    # Chosen at the first look by the shortest round trip so far: on a busy machine not each LAN is a short way.
+    eventually(
+        lambda: all(("cubic", "bbr") in seen for seen in of_one_more_and_all_before(facilities, server, pair))
+    )
 
 
 def test_a_congestion_control_that_does_not_pace_is_left_as_it_is(facilities: Facilities) -> None:
     server, pair = pair_where_new_sockets_have("reno", facilities, "none")
-    assert of_a_connection(facilities, server, pair) == {("reno", "reno")}
+    assert of_one_more_and_all_before(facilities, server, pair) == [{("reno", "reno")}] * 2
