@@ -112,8 +112,7 @@ impl Pacer {
             let moved = info.acked_bytes.saturating_sub(share.map_or(0, |share| share.acked_bytes));
             uses.push(Use {
                 share_bytes_per_s: share.map_or(0.0, |share| share.bytes_per_s),
-                // At the first division nobody has sent anything of this rate.
-                moved_bytes: if first { 0 } else { moved } as f64,
+                moved_bytes: moved as f64,
                 unsent: info.notsent_bytes > 0,
                 stuck: share.is_some_and(|share| share.is_stuck(now, lump_bytes(&info))),
                 lump_bytes: lump_bytes(&info),
@@ -125,6 +124,7 @@ impl Pacer {
             return;
         }
         let rate = rate_mbits_per_s as f64 * 125_000.0;
+        // Nobody has sent anything of this rate yet.
         if first {
             for (id, wan, acked_bytes, acked) in wan_legs {
                 begin(&wan, rate_mbits_per_s, connections.len());

@@ -437,6 +437,21 @@ fn a_record_that_was_changed_on_its_way_is_an_abort_and_nothing_of_it_arrives() 
 
 #[test]
 #[ignore = "needs a relay: tests/relay/test_kernel_tls.py and test_records.py run it"]
+fn all_that_was_in_order_before_a_record_that_is_not_arrives() {
+    let mut call = Call::as_wanted("before");
+    let mut train = Vec::new();
+    for message in payload(4)[..100_000].chunks(100) {
+        call.session.writer().write_all(message).unwrap();
+        train.extend(pending(&mut call.session));
+    }
+    *train.last_mut().unwrap() ^= 1;
+    call.stream.write_all(&train).unwrap();
+    call.assert_application_gets(&payload(4)[..99_900]);
+    assert_reset(&mut call.application);
+}
+
+#[test]
+#[ignore = "needs a relay: tests/relay/test_kernel_tls.py and test_records.py run it"]
 fn a_record_that_is_too_long_or_none_is_an_abort_before_it_is_there() {
     for (header, alert) in [
         (&[23, 3, 3, 65, 1], AlertDescription::RecordOverflow),
