@@ -218,7 +218,7 @@ impl Cargo {
             ) {
                 (Ok(length), Some(buffer)) => {
                     flow.loaded(length < SHORT_BYTES);
-                    if flow.path() == Path::Unused {
+                    if flow.path() != spliced {
                         foretell(flow, (spliced, copied_path));
                     }
                     Ok(Load::Cargo(Cargo::Buffer(buffer, 0), length))
@@ -308,7 +308,7 @@ impl Cargo {
     }
 }
 
-/// The first bytes of a direction are few and copied; its path is the one that more of them would take.
+/// What is short is copied in any case: the path of a direction is the one that more bytes would take.
 fn foretell(flow: &Flow, (spliced, copied): (Path, Path)) {
     match flow.may_splice().then(take_pipe).flatten() {
         Some(pipe) => {
