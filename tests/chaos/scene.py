@@ -192,7 +192,8 @@ class Scene:
 
     def _begin_bystander(self) -> tuple[Stream, socket.socket, socket.socket]:
         server = self.apps.listen()
-        stream = self.open(server, uid="bystander")
+        # It says nothing while a scenario lasts, and a soak may last for hours.
+        stream = self.open(server, uid="bystander", lease_s=86_400)
         return (stream, *self.converse(server, stream.listeners[0]))
 
     def open(self, server: socket.socket, **options: Any) -> Stream:
