@@ -58,6 +58,7 @@ def test_nothing_grows_however_long_it_runs(
             moved += sum(sizes)
         assert stream.release().in_order
         staying.renew()
+        scene.renew_bystander()
         streams += 1
         if time.monotonic() >= sample_at:
             sample_at += max(1.0, soak_s / 300)
