@@ -15,7 +15,7 @@ use crate::listen::Active;
 use crate::preamble::{ANSWER_BYTES, Answer, Kind, Request, Verdict};
 use crate::relay::{Books, Closing, Dial, NO_PEERS, ProbeResult, Relay};
 use crate::socket::{close_in_order, connect, read_exact, shutdown_write, write_all};
-use crate::tls::{HandshakeError, Session};
+use crate::tls::{HandshakeError, Session, WHOLE_FLIGHT_BYTES};
 
 /// Between two rounds of probes: short at first, because PROD learns of us a moment after we start.
 const FIRST_PAUSE_S: f64 = 0.02;
@@ -89,7 +89,7 @@ async fn call(
         if relay.config.mode != Mode::None {
             let config = relay.client_config(dial.public_key)?;
             let mut client = Box::new(Session::client(config)?);
-            client.handshake(&stream).await?;
+            client.handshake(&stream, WHOLE_FLIGHT_BYTES).await?;
             session = Some(client);
         }
         let request =

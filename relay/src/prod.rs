@@ -16,7 +16,7 @@ use crate::listen::{Active, Ticket};
 use crate::preamble::{Answer, Kind, MAGIC, REQUEST_BYTES, Request, Verdict};
 use crate::relay::{Books, Closing, Listener, ProbeResult, Relay};
 use crate::socket::{close_in_order, connect, has_failed, read_exact, shutdown_write, write_all};
-use crate::tls::{HandshakeError, Session};
+use crate::tls::{HandshakeError, Session, least_record_bytes};
 
 /// An application that has sent something and closed within this time after it was connected had a session, a short one.
 const WHOLE_SESSION: Duration = Duration::from_secs(5);
@@ -131,7 +131,7 @@ async fn greet(
         let config = relay.server_config();
         let session = Session::server(config).map_err(|error| cause(HandshakeError::Tls(error)))?;
         let mut session = Box::new(session);
-        session.handshake(stream).await.map_err(cause)?;
+        session.handshake(stream, least_record_bytes(REQUEST_BYTES)).await.map_err(cause)?;
         session.read_exact(stream, &mut message).await.map_err(cause)?;
         // The handshake admits any current peer's key; this one must also come from where its owner said.
         let key = session.peer_key().filter(|key| relay.admits_peer(*key, source.ip()));

@@ -90,17 +90,24 @@ pub async fn connect(
     }
 }
 
+/// Reads what there is, at least one byte and at most `buffer.len()`. UnexpectedEof if the peer has ended.
+pub async fn read(stream: &TcpStream, buffer: &mut [u8]) -> io::Result<usize> {
+    loop {
+        stream.readable().await?;
+        match stream.try_read(buffer) {
+            Ok(0) => return Err(io::ErrorKind::UnexpectedEof.into()),
+            Ok(n) => return Ok(n),
+            Err(error) if error.kind() == io::ErrorKind::WouldBlock => {}
+            Err(error) => return Err(error),
+        }
+    }
+}
+
 /// Reads exactly `buffer.len()` bytes and not one more. UnexpectedEof if the peer ends before.
 pub async fn read_exact(stream: &TcpStream, buffer: &mut [u8]) -> io::Result<()> {
     let mut filled = 0;
     while filled < buffer.len() {
-        stream.readable().await?;
-        match stream.try_read(&mut buffer[filled..]) {
-            Ok(0) => return Err(io::ErrorKind::UnexpectedEof.into()),
-            Ok(n) => filled += n,
-            Err(error) if error.kind() == io::ErrorKind::WouldBlock => {}
-            Err(error) => return Err(error),
-        }
+        filled += read(stream, &mut buffer[filled..]).await?;
     }
     Ok(())
 }

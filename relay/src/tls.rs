@@ -13,13 +13,18 @@ use rustls::{ClientConfig, ConnectionTrafficSecrets, ExtractedSecrets, ServerCon
 use tokio::net::TcpStream;
 
 use crate::key::PublicKey;
-use crate::socket::{read_exact, write_all};
+use crate::socket::{read, write_all};
 
 pub const HEADER_BYTES: usize = 5;
 /// RFC 8446, 5.2: the longest record on the wire, without its header.
 pub const LONGEST_RECORD_BYTES: usize = 16384 + 256;
 /// Content type, padding, tag and header, generously, for each 16 KiB record.
 const RECORD_OVERHEAD_BYTES: usize = 64;
+const ALERT_BYTES: usize = 2;
+/// Content type and tag, of any cipher.
+const LEAST_OVERHEAD_BYTES: usize = 1 + 16;
+/// Until PROD has the Finished of CONS it says nothing but its own flight, so all that there is belongs to it.
+pub const WHOLE_FLIGHT_BYTES: usize = 4096;
 
 enum Side {
     Client(Box<UnbufferedClientConnection>),
@@ -36,6 +41,9 @@ enum Standing {
 pub struct Session {
     side: Side,
     standing: Standing,
+    /// The front of a record whose end has not come yet; before it what the library has of a handshake message, as it left it.
+    incoming: Vec<u8>,
+    seen: usize,
     pub outgoing: Outbox,
     /// Plaintext from the peer, not yet taken.
     pub plain: Vec<u8>,
@@ -144,6 +152,8 @@ impl Session {
         Session {
             side,
             standing: Standing::Handshaking,
+            incoming: Vec::new(),
+            seen: 0,
             outgoing: Outbox::default(),
             plain: Vec::new(),
             peer_closed: false,
@@ -175,12 +185,16 @@ impl Session {
     pub fn is_empty(&self) -> bool {
         self.standing == Standing::Open
             && !self.peer_closed
+            && self.incoming.is_empty()
             && self.plain.is_empty()
             && self.outgoing.is_empty()
     }
 
     /// The keys with the numbers of the next records, for somebody else to go on with.
     pub fn into_keys(self) -> Result<(ExtractedSecrets, Keys), rustls::Error> {
+        if !self.incoming.is_empty() {
+            return Err(rustls::Error::General("the peer has spoken before its turn".into()));
+        }
         match self.side {
             Side::Client(connection) => {
                 let (secrets, keys) = connection.dangerous_into_kernel_connection()?;
@@ -291,34 +305,34 @@ impl Session {
         }
     }
 
-    /// Shakes hands. Reads one record at a time, so that not one byte behind the last handshake record leaves the kernel.
+    /// Shakes hands. Behind each record of the handshake there are `behind_bytes` more for certain that belong to the session,
+    /// so that one call may read the whole of a flight and still no byte that is none of the session's leaves the kernel.
     /// Our last flight stays in `outgoing`, to be sent together with the first message.
-    pub async fn handshake(&mut self, stream: &TcpStream) -> Result<(), HandshakeError> {
-        let mut record = Vec::new();
+    pub async fn handshake(&mut self, stream: &TcpStream, behind_bytes: usize) -> Result<(), HandshakeError> {
         loop {
-            let processed = self.receive(&mut record);
-            if let Err(error) = processed {
+            if let Err(error) = self.take_incoming() {
                 // So that the peer learns why; it may be gone already.
                 let _ = stream.try_write(self.outgoing.pending());
                 return Err(error.into());
             }
-            record.drain(..processed.unwrap_or(0));
             if self.standing == Standing::Open {
                 return Ok(());
             }
             self.flush(stream).await?;
-            read_record(stream, &mut record).await?;
+            self.read(stream, HEADER_BYTES, behind_bytes).await?;
         }
     }
 
-    /// Receives exactly `buffer.len()` bytes of plaintext, one record at a time.
+    /// Receives exactly `buffer.len()` bytes of plaintext, and no record behind the last of them.
     pub async fn read_exact(&mut self, stream: &TcpStream, buffer: &mut [u8]) -> Result<(), HandshakeError> {
-        let mut record = Vec::new();
+        self.take_incoming()?;
         while self.plain.len() < buffer.len() {
             if self.peer_closed {
                 return Err(HandshakeError::Io(io::ErrorKind::UnexpectedEof.into()));
             }
-            self.read_into(stream, &mut record).await?;
+            // In however many records they come: shorter than in one they cannot be.
+            self.read(stream, least_record_bytes(buffer.len() - self.plain.len()), 0).await?;
+            self.take_incoming()?;
         }
         let rest = self.plain.split_off(buffer.len());
         buffer.copy_from_slice(&self.plain);
@@ -326,11 +340,12 @@ impl Session {
         Ok(())
     }
 
-    /// Receives until the peer's close_notify, one record at a time: what follows it in the kernel is clear text.
+    /// Receives until the peer's close_notify and not one byte more: what follows it in the kernel is clear text.
     pub async fn read_close_notify(&mut self, stream: &TcpStream) -> Result<(), HandshakeError> {
-        let mut record = Vec::new();
+        self.take_incoming()?;
         while !self.peer_closed {
-            self.read_into(stream, &mut record).await?;
+            self.read(stream, least_record_bytes(ALERT_BYTES), 0).await?;
+            self.take_incoming()?;
         }
         if self.plain.is_empty() {
             Ok(())
@@ -341,10 +356,30 @@ impl Session {
         }
     }
 
-    async fn read_into(&mut self, stream: &TcpStream, record: &mut Vec<u8>) -> Result<(), HandshakeError> {
-        read_record(stream, record).await?;
-        let done = self.receive(record)?;
-        record.drain(..done);
+    /// Processes the whole records that have come; the front of the next one stays.
+    fn take_incoming(&mut self) -> Result<(), rustls::Error> {
+        let mut incoming = std::mem::take(&mut self.incoming);
+        let whole = self.seen + whole_records(&incoming[self.seen..])?;
+        let done = self.receive(&mut incoming[..whole])?;
+        incoming.drain(..done);
+        self.seen = whole - done;
+        self.incoming = incoming;
+        Ok(())
+    }
+
+    /// Receives what there is of the next record, which has at least `least_bytes` with its header, and of so many behind it.
+    async fn read(
+        &mut self,
+        stream: &TcpStream,
+        least_bytes: usize,
+        behind_bytes: usize,
+    ) -> Result<(), HandshakeError> {
+        let had = self.incoming.len();
+        let record = length_of_first(&self.incoming[self.seen..])?.unwrap_or(least_bytes);
+        self.incoming.resize(self.seen + record + behind_bytes, 0);
+        let read = read(stream, &mut self.incoming[had..]).await;
+        self.incoming.truncate(had + read.as_ref().unwrap_or(&0));
+        read?;
         Ok(())
     }
 
@@ -425,19 +460,33 @@ fn handle<Data>(
     (discard, seen)
 }
 
-/// Appends exactly one record to `buffer`: its header, then what the header says.
-async fn read_record(stream: &TcpStream, buffer: &mut Vec<u8>) -> Result<(), HandshakeError> {
-    let from = buffer.len();
-    buffer.resize(from + HEADER_BYTES, 0);
-    read_exact(stream, &mut buffer[from..]).await?;
-    let length = usize::from(u16::from_be_bytes([buffer[from + 3], buffer[from + 4]]));
-    // Anything but a TLS record ends here, before its "length" is believed.
-    let is_record = (20..=24).contains(&buffer[from]) && buffer[from + 1] == 3;
-    if !is_record || length == 0 || length > LONGEST_RECORD_BYTES {
-        return Err(HandshakeError::Tls(rustls::Error::InvalidMessage(
-            rustls::InvalidMessage::InvalidContentType,
-        )));
+/// What a record with so much plaintext has at least, with its header.
+pub const fn least_record_bytes(plaintext_bytes: usize) -> usize {
+    HEADER_BYTES + plaintext_bytes + LEAST_OVERHEAD_BYTES
+}
+
+/// How many bytes at the front are whole records.
+fn whole_records(bytes: &[u8]) -> Result<usize, rustls::Error> {
+    let mut end = 0;
+    while let Some(length) = length_of_first(&bytes[end..])? {
+        if bytes.len() - end < length {
+            break;
+        }
+        end += length;
     }
-    buffer.resize(from + HEADER_BYTES + length, 0);
-    Ok(read_exact(stream, &mut buffer[from + HEADER_BYTES..]).await?)
+    Ok(end)
+}
+
+/// How long the record at the front is, with its header; None while that is not there. Anything but a TLS record ends here,
+/// before its "length" is believed.
+fn length_of_first(bytes: &[u8]) -> Result<Option<usize>, rustls::Error> {
+    let Some([content_type, major, _, high, low]) = bytes.first_chunk::<HEADER_BYTES>() else {
+        return Ok(None);
+    };
+    let length = usize::from(u16::from_be_bytes([*high, *low]));
+    let is_record = (20..=24).contains(content_type) && *major == 3;
+    if !is_record || length == 0 || length > LONGEST_RECORD_BYTES {
+        return Err(rustls::Error::InvalidMessage(rustls::InvalidMessage::InvalidContentType));
+    }
+    Ok(Some(HEADER_BYTES + length))
 }
