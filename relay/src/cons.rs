@@ -71,25 +71,32 @@ async fn call(
         at: Instant::now(),
     };
     let source = relay.config.onward_source;
-    let stream =
-        connect(dial.address, source, relay.connect_timeout(), &relay.congestion).await.map_err(|error| {
-            let result = match error.kind() {
-                io::ErrorKind::ConnectionRefused => "refused",
-                io::ErrorKind::TimedOut => "timeout",
-                // PROD has accepted, and turned us away before we looked; as below.
-                io::ErrorKind::ConnectionReset => "not-ready",
-                _ => "no-route",
-            };
-            failed(result, Some(errno::of(&error)))
-        })?;
+    let dialled = || connect(dial.address, source, relay.connect_timeout(), &relay.congestion);
+    let mut stream = dialled().await.map_err(|error| {
+        let result = match error.kind() {
+            io::ErrorKind::ConnectionRefused => "refused",
+            io::ErrorKind::TimedOut => "timeout",
+            // PROD has accepted, and turned us away before we looked; as below.
+            io::ErrorKind::ConnectionReset => "not-ready",
+            _ => "no-route",
+        };
+        failed(result, Some(errno::of(&error)))
+    })?;
     // PROD may need its own connect time-out before it can answer.
     let timeout = relay.handshake_timeout() + relay.connect_timeout();
     let conversation = async {
         let mut session = None;
         if relay.config.mode != Mode::None {
-            let config = relay.client_config(dial.public_key)?;
-            let mut client = Box::new(Session::client(config)?);
+            let caller = relay.caller(dial.public_key)?;
+            let (client, resumes) = caller.session()?;
+            let mut client = Box::new(client);
             client.handshake(&stream, WHOLE_FLIGHT_BYTES).await?;
+            if resumes && !client.is_resumed() {
+                // PROD has given the ticket up, and what is left is a handshake that later computers can read.
+                stream = dialled().await?;
+                client = Box::new(caller.session_anew()?);
+                client.handshake(&stream, WHOLE_FLIGHT_BYTES).await?;
+            }
             session = Some(client);
         }
         let request =

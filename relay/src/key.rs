@@ -26,6 +26,7 @@ use serde::{Deserialize, Serialize};
 
 /// What makes a SubjectPublicKeyInfo of the 32 bytes of an Ed25519 key (RFC 8410).
 const SPKI_PREFIX: [u8; 12] = [0x30, 0x2a, 0x30, 0x05, 0x06, 0x03, 0x2b, 0x65, 0x70, 0x03, 0x21, 0x00];
+pub const SPKI_BYTES: usize = SPKI_PREFIX.len() + 32;
 
 /// Both sides must ask for it: another protocol on the same port ends in the handshake.
 const ALPN: &[u8] = b"s2ds/1";
@@ -35,7 +36,7 @@ const ALPN: &[u8] = b"s2ds/1";
 pub struct PublicKey([u8; 32]);
 
 impl PublicKey {
-    fn spki(&self) -> Vec<u8> {
+    pub fn spki(&self) -> Vec<u8> {
         [&SPKI_PREFIX[..], &self.0].concat()
     }
 
@@ -157,7 +158,7 @@ impl Identity {
             .with_protocol_versions(&[&rustls::version::TLS13])?
             .with_client_cert_verifier(verifier)
             .with_cert_resolver(Arc::new(AlwaysResolvesServerRawPublicKeys::new(self.certified.clone())));
-        // A ticket sent after the handshake would reach the clear text of mode auth; nothing here resumes a session.
+        // A ticket sent after the handshake would reach the clear text of mode auth; mode tls adds its own (resumption.rs).
         config.send_tls13_tickets = 0;
         config.enable_secret_extraction = true;
         // ChaCha20-Poly1305 only if both ends want it first: for one that encrypts by itself, AES-GCM is faster.
@@ -168,22 +169,33 @@ impl Identity {
 
     /// For a CONS relay: accepts exactly the relay that proves `pin`.
     pub fn client(&self, pin: PublicKey) -> Result<Arc<ClientConfig>, Error> {
+        self.clients(pin).map(|(anew, _)| Arc::new(anew))
+    }
+
+    /// The same, and one that can resume its sessions and do nothing else: its key exchange is X25519 alone. What is recorded of
+    /// a resumed session stays secret if either that or the secret of the session before it does, and so on back to the whole
+    /// handshake, which had ML-KEM.
+    pub fn clients(&self, pin: PublicKey) -> Result<(ClientConfig, ClientConfig), Error> {
         let verifier = Arc::new(Pinned {
             admitted: Arc::new(RwLock::new(vec![pin])),
             algorithms: self.provider.signature_verification_algorithms,
         });
-        let mut config = ClientConfig::builder_with_provider(self.provider.clone())
-            .with_protocol_versions(&[&rustls::version::TLS13])?
-            .dangerous()
-            .with_custom_certificate_verifier(verifier)
-            .with_client_cert_resolver(Arc::new(AlwaysResolvesClientRawPublicKeys::new(
-                self.certified.clone(),
-            )));
-        config.resumption = Resumption::disabled();
-        config.enable_sni = false;
-        config.enable_secret_extraction = true;
-        config.alpn_protocols = vec![ALPN.to_vec()];
-        Ok(Arc::new(config))
+        let proof = Arc::new(AlwaysResolvesClientRawPublicKeys::new(self.certified.clone()));
+        let with = |provider: Arc<CryptoProvider>| -> Result<ClientConfig, Error> {
+            let mut config = ClientConfig::builder_with_provider(provider)
+                .with_protocol_versions(&[&rustls::version::TLS13])?
+                .dangerous()
+                .with_custom_certificate_verifier(verifier.clone())
+                .with_client_cert_resolver(proof.clone());
+            config.resumption = Resumption::disabled();
+            config.enable_sni = false;
+            config.enable_secret_extraction = true;
+            config.alpn_protocols = vec![ALPN.to_vec()];
+            Ok(config)
+        };
+        let short =
+            CryptoProvider { kx_groups: vec![provider::kx_group::X25519], ..(*self.provider).clone() };
+        Ok((with(self.provider.clone())?, with(Arc::new(short))?))
     }
 }
 

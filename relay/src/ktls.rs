@@ -239,7 +239,7 @@ impl KernelSession {
         loaded
     }
 
-    /// A handshake message after the handshake can only be a KeyUpdate: tickets are neither sent nor wanted by a relay.
+    /// A handshake message after the handshake can only be a KeyUpdate: the ticket of a relay is before its answer, which is read here.
     fn obey(&self, wan: &TcpStream, message: &[u8]) -> Result<(), LegError> {
         let [KEY_UPDATE, 0, 0, 1, wanted @ (0 | 1)] = message else {
             return Err(LegError::silent(Leg::Wan, "an unexpected handshake message"));

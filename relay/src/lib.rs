@@ -23,6 +23,7 @@ mod prod;
 pub mod record;
 mod relay;
 mod resources;
+mod resumption;
 mod runtime_dir;
 mod socket;
 mod splice;

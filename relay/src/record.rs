@@ -214,7 +214,7 @@ impl Records {
         }
     }
 
-    /// Whole messages, at least one (RFC 8446, 5.1). A relay sends none but KeyUpdate; tickets are of no use here.
+    /// Whole messages, at least one (RFC 8446, 5.1). A relay sends none but KeyUpdate: its ticket is before its answer.
     fn obey(&mut self, mut messages: &[u8]) -> Result<(), Fault> {
         while let Some((kind, message, behind)) = first_message(messages) {
             match (kind, message) {

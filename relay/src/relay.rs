@@ -7,13 +7,13 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, Once, RwLock};
 use std::time::{Duration, Instant};
 
-use rustls::{ClientConfig, ServerConfig};
+use rustls::ServerConfig;
 use serde::Serialize;
 use serde_json::{Value, json};
 use tokio::net::TcpStream;
 use tokio::sync::{Notify, watch};
 
-use crate::config::{Changes, Config, Network, PROTOCOL, Peer, Probe, RelayId, Role};
+use crate::config::{Changes, Config, Mode, Network, PROTOCOL, Peer, Probe, RelayId, Role};
 use crate::confine::Confinement;
 use crate::congestion::Congestion;
 use crate::connection::{Connection, lock};
@@ -23,6 +23,7 @@ use crate::key::{Identity, PublicKey};
 use crate::ktls::{KernelTls, Unable};
 use crate::pace;
 use crate::preamble::Kind;
+use crate::resumption::{self, Caller};
 
 #[derive(Clone, Copy, Debug, Eq, PartialEq, Serialize)]
 #[serde(rename_all = "SCREAMING_SNAKE_CASE")]
@@ -106,8 +107,8 @@ pub struct Relay {
     pub events: Arc<Events>,
     pub listeners: Vec<Arc<Listener>>,
     confinement: Confinement,
-    /// For the peer that was called last.
-    client_config: Mutex<Option<(PublicKey, Arc<ClientConfig>)>>,
+    /// For each peer that was called.
+    callers: Mutex<Vec<Arc<Caller>>>,
     /// What the kernel's TLS can do for mode `tls`.
     pub kernel_tls: Result<KernelTls, Unable>,
     pub congestion: Congestion,
@@ -201,7 +202,10 @@ impl Relay {
         let lease = Duration::from_secs_f64(config.lease_s.min(config.lifetime_s));
         let admitted = Arc::new(RwLock::new(config.peers.iter().map(|peer| peer.public_key).collect()));
         Ok(Relay {
-            server_config: identity.server(admitted.clone())?,
+            server_config: match config.mode {
+                Mode::Tls => resumption::server(&identity, admitted.clone())?,
+                Mode::None | Mode::Auth => identity.server(admitted.clone())?,
+            },
             admitted,
             probing: tokio::sync::Mutex::new(()),
             accepting: watch::Sender::new(true),
@@ -247,7 +251,7 @@ impl Relay {
             events,
             listeners,
             confinement,
-            client_config: Mutex::default(),
+            callers: Mutex::default(),
             kernel_tls,
             congestion,
         })
@@ -278,14 +282,15 @@ impl Relay {
     }
 
     /// The connections to one peer share it: each keeps it to its end.
-    pub fn client_config(&self, pin: PublicKey) -> Result<Arc<ClientConfig>, rustls::Error> {
-        let mut last = lock(&self.client_config);
-        if let Some((_, config)) = last.as_ref().filter(|(of, _)| *of == pin) {
-            return Ok(config.clone());
+    pub fn caller(&self, pin: PublicKey) -> Result<Arc<Caller>, rustls::Error> {
+        let mut callers = lock(&self.callers);
+        if let Some(caller) = callers.iter().find(|caller| caller.pin == pin && caller.is_fresh()) {
+            return Ok(caller.clone());
         }
-        let config = self.identity.client(pin)?;
-        *last = Some((pin, config.clone()));
-        Ok(config)
+        let caller = Arc::new(Caller::new(&self.identity, pin, self.config.mode == Mode::Tls)?);
+        callers.retain(|other| other.pin != pin);
+        callers.push(caller.clone());
+        Ok(caller)
     }
 
     // ---- who may connect, and where to ----
@@ -704,6 +709,7 @@ impl Relay {
             let from_anywhere =
                 |key| peers.iter().any(|peer| peer.public_key == key && peer.source_addresses.is_empty());
             live.proven_sources.retain(|_, key| from_anywhere(*key));
+            lock(&self.callers).retain(|caller| peers.iter().any(|peer| peer.public_key == caller.pin));
             live.peers = peers;
             live.peers_changed += 1;
         }

@@ -9,7 +9,10 @@ use rustls::kernel::KernelConnection;
 use rustls::pki_types::ServerName;
 use rustls::server::{ServerConnectionData, UnbufferedServerConnection};
 use rustls::unbuffered::{ConnectionState, EncodeError, EncryptError, UnbufferedStatus};
-use rustls::{ClientConfig, ConnectionTrafficSecrets, ExtractedSecrets, ServerConfig, SupportedCipherSuite};
+use rustls::{
+    ClientConfig, ConnectionTrafficSecrets, ExtractedSecrets, HandshakeKind, ServerConfig,
+    SupportedCipherSuite,
+};
 use tokio::net::TcpStream;
 
 use crate::key::PublicKey;
@@ -167,6 +170,15 @@ impl Session {
             Side::Server(connection) => connection.peer_certificates(),
         };
         PublicKey::from_spki(certificates?.first()?)
+    }
+
+    /// It stands on a session before it: nobody has checked the key of the peer now.
+    pub fn is_resumed(&self) -> bool {
+        let kind = match &self.side {
+            Side::Client(connection) => connection.handshake_kind(),
+            Side::Server(connection) => connection.handshake_kind(),
+        };
+        kind == Some(HandshakeKind::Resumed)
     }
 
     pub fn suite(&self) -> Option<SupportedCipherSuite> {

@@ -232,6 +232,8 @@ class Tap:
         self.to_prod: list[bytearray] = []
         self.to_cons: list[bytearray] = []
         self._has_cut = False
+        self.begins: Callable[[bytes], object] | None = None
+        """Told of the first bytes of each direction, before they go on."""
 
     def __call__(self, far: tuple[str, int]) -> tuple[str, int]:
         """Stands before this address from now on; the address to dial instead."""
@@ -264,6 +266,8 @@ class Tap:
             source.settimeout(None)
             try:
                 while piece := source.recv(1 << 16):
+                    if self.begins and not record:
+                        self.begins(piece)
                     record.extend(piece)
                     destination.sendall(piece)
                 destination.shutdown(socket.SHUT_WR)
