@@ -24,6 +24,8 @@ use rustls::{
 };
 use serde::{Deserialize, Serialize};
 
+use crate::hkdf;
+
 /// What makes a SubjectPublicKeyInfo of the 32 bytes of an Ed25519 key (RFC 8410).
 const SPKI_PREFIX: [u8; 12] = [0x30, 0x2a, 0x30, 0x05, 0x06, 0x03, 0x2b, 0x65, 0x70, 0x03, 0x21, 0x00];
 pub const SPKI_BYTES: usize = SPKI_PREFIX.len() + 32;
@@ -96,33 +98,31 @@ impl Ciphers {
             crypto.kx_groups = vec![provider::kx_group::X25519];
             crypto.cipher_suites.sort_by_key(|suite| suite.suite() != CipherSuite::TLS13_AES_128_GCM_SHA256);
         }
-        if self.records_per_key > 0 {
-            for suite in &mut crypto.cipher_suites {
-                *suite = lowered(*suite, self.records_per_key);
-            }
+        for suite in &mut crypto.cipher_suites {
+            *suite = ours(*suite, self.records_per_key);
         }
         crypto
     }
 }
 
-/// The same suite with a lower limit of records; one without a limit stays as it is. Once in a process's life, so what is
-/// leaked is bounded.
-fn lowered(suite: SupportedCipherSuite, records: u64) -> SupportedCipherSuite {
-    match suite {
-        SupportedCipherSuite::Tls13(suite) if suite.common.confidentiality_limit < u64::MAX => {
-            SupportedCipherSuite::Tls13(Box::leak(Box::new(Tls13CipherSuite {
-                common: CipherSuiteCommon {
-                    suite: suite.common.suite,
-                    hash_provider: suite.common.hash_provider,
-                    confidentiality_limit: records.min(suite.common.confidentiality_limit),
-                },
-                hkdf_provider: suite.hkdf_provider,
-                aead_alg: suite.aead_alg,
-                quic: None,
-            })))
-        }
-        suite => suite,
-    }
+/// The same suite with our derivation of its keys, and a lower limit of `records` unless that is 0; one without a limit has none.
+/// Once in a process's life, so what is leaked is bounded.
+fn ours(suite: SupportedCipherSuite, records: u64) -> SupportedCipherSuite {
+    let SupportedCipherSuite::Tls13(theirs) = suite;
+    let limit = theirs.common.confidentiality_limit;
+    SupportedCipherSuite::Tls13(Box::leak(Box::new(Tls13CipherSuite {
+        common: CipherSuiteCommon {
+            suite: theirs.common.suite,
+            hash_provider: theirs.common.hash_provider,
+            confidentiality_limit: if records > 0 && limit < u64::MAX { records.min(limit) } else { limit },
+        },
+        hkdf_provider: match theirs.common.suite {
+            CipherSuite::TLS13_AES_256_GCM_SHA384 => &hkdf::SHA384,
+            _ => theirs.hkdf_provider,
+        },
+        aead_alg: theirs.aead_alg,
+        quic: None,
+    })))
 }
 
 /// The key pair, ready for both ends of a handshake.

@@ -11,6 +11,7 @@ pub mod control;
 mod errno;
 mod events;
 mod gauge;
+mod hkdf;
 mod inspect;
 pub mod key;
 mod ktls;

@@ -4,6 +4,8 @@
 //! Driven by tests/relay/test_handover.py; S2DS names the relay, HANDOVERS how often.
 
 mod harness;
+#[path = "../src/hkdf.rs"]
+mod hkdf;
 #[path = "../src/key.rs"]
 #[allow(dead_code)]
 mod key;

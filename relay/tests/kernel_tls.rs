@@ -5,6 +5,8 @@
 //! relay makes the records itself, if the kernel cannot.
 
 mod harness;
+#[path = "../src/hkdf.rs"]
+mod hkdf;
 #[path = "../src/key.rs"]
 #[allow(dead_code)]
 mod key;
