@@ -5,6 +5,7 @@ use std::io::{self, IoSlice};
 use std::ops::Range;
 use std::time::Duration;
 
+use rustix::net::{SendFlags, send};
 use rustls::AlertDescription;
 use tokio::io::{Interest, Ready};
 use tokio::net::TcpStream;
@@ -278,7 +279,12 @@ impl Pump {
     ) -> Result<bool, LegError> {
         let flow = connection.lan_to_wan();
         if let Some(outbox) = &mut self.outbox {
-            let Some(moved) = at(Leg::Wan, wan.try_write(&outbox.buffer[outbox.unsent.clone()]))? else {
+            // The FIN is a call away, and goes with close_notify.
+            let flags =
+                if self.lan_ended { SendFlags::NOSIGNAL | SendFlags::MORE } else { SendFlags::NOSIGNAL };
+            let unsent = &outbox.buffer[outbox.unsent.clone()];
+            let sent = wan.try_io(Interest::WRITABLE, || Ok(send(wan, unsent, flags)?));
+            let Some(moved) = at(Leg::Wan, sent)? else {
                 return Ok(false);
             };
             outbox.unsent.start += moved;
