@@ -1,14 +1,16 @@
 //! One relayed connection as everybody else sees it: its counters, its legs, and the hand that can end it.
 
+use std::future::poll_fn;
 use std::io;
 use std::net::SocketAddr;
-use std::sync::atomic::{AtomicBool, AtomicU8, AtomicU64, AtomicUsize, Ordering};
+use std::ops::Index;
+use std::sync::atomic::{AtomicBool, AtomicU8, AtomicU32, AtomicU64, Ordering};
 use std::sync::{Arc, LazyLock, Mutex, OnceLock};
+use std::task::{Poll, Waker};
 use std::time::{Duration, Instant};
 
 use serde_json::{Value, json};
 use tokio::net::TcpStream;
-use tokio::sync::Notify;
 
 use crate::config::Role;
 use crate::errno;
@@ -18,6 +20,15 @@ use crate::errno;
 pub enum Leg {
     Lan,
     Wan,
+}
+
+impl Leg {
+    pub fn other(self) -> Leg {
+        match self {
+            Leg::Lan => Leg::Wan,
+            Leg::Wan => Leg::Lan,
+        }
+    }
 }
 
 /// Where and why a connection broke.
@@ -86,20 +97,15 @@ pub struct Waited {
 }
 
 /// A wait that is going on; it is added up when this is dropped, for whatever reason.
-pub struct Waiting<'a> {
-    flow: &'a Flow,
-    wait: Wait,
-    since_ns: u64,
-}
+pub struct Waiting<'a>(&'a Flow);
 
 impl Drop for Waiting<'_> {
     fn drop(&mut self) {
-        let counter = match self.wait {
-            Wait::Source => &self.flow.source_ns,
-            Wait::Destination => &self.flow.destination_ns,
-        };
-        counter.fetch_add(now_ns() - self.since_ns, Ordering::Relaxed);
-        self.flow.waiting_since_ns.store(0, Ordering::Relaxed);
+        let Waiting(flow) = self;
+        let for_destination = flow.waits_for_destination.load(Ordering::Relaxed);
+        let counter = if for_destination { &flow.destination_ns } else { &flow.source_ns };
+        counter.fetch_add(now_ns() - flow.waiting_since_ns.load(Ordering::Relaxed), Ordering::Relaxed);
+        flow.waiting_since_ns.store(0, Ordering::Relaxed);
     }
 }
 
@@ -119,7 +125,7 @@ pub struct Flow {
     waits_for_destination: AtomicBool,
     bytes: AtomicU64,
     path: AtomicU8,
-    pipe_bytes: AtomicUsize,
+    pipe_bytes: AtomicU32,
     no_splice: AtomicBool,
     long: AtomicBool,
     /// 0 until then.
@@ -143,7 +149,7 @@ impl Flow {
     /// What the last round travelled in.
     pub fn took(&self, path: Path, pipe_bytes: usize) {
         self.path.store(path as u8, Ordering::Relaxed);
-        self.pipe_bytes.store(pipe_bytes, Ordering::Relaxed);
+        self.pipe_bytes.store(pipe_bytes as u32, Ordering::Relaxed);
     }
 
     pub fn path(&self) -> Path {
@@ -177,10 +183,9 @@ impl Flow {
 
     /// This direction waits from here on, until the answer is dropped.
     pub fn waits(&self, wait: Wait) -> Waiting<'_> {
-        let since_ns = now_ns();
         self.waits_for_destination.store(wait == Wait::Destination, Ordering::Relaxed);
-        self.waiting_since_ns.store(since_ns, Ordering::Relaxed);
-        Waiting { flow: self, wait, since_ns }
+        self.waiting_since_ns.store(now_ns(), Ordering::Relaxed);
+        Waiting(self)
     }
 
     /// All waits so far, the present one included.
@@ -223,20 +228,37 @@ pub struct Connection {
     to_consumer: Flow,
     to_producer: Flow,
     onward: Mutex<Option<SocketAddr>>,
-    first_byte: OnceLock<Duration>,
-    path_reason: OnceLock<String>,
-    legs: Mutex<Option<Legs>>,
+    /// After `opened`; 0 until then.
+    first_byte_ns: AtomicU64,
+    path_reason: OnceLock<Arc<str>>,
+    legs: Mutex<Option<Arc<Legs>>>,
     paused: [AtomicBool; 2],
-    end: Notify,
-    end_reason: OnceLock<&'static str>,
+    cut: Mutex<Cut>,
     /// Kept by the supervisor: rates, idleness and what limits this connection.
     pub gauge: Mutex<crate::gauge::Gauge>,
 }
 
-#[derive(Clone)]
 pub struct Legs {
-    pub lan: Arc<TcpStream>,
-    pub wan: Arc<TcpStream>,
+    pub lan: TcpStream,
+    pub wan: TcpStream,
+}
+
+impl Index<Leg> for Legs {
+    type Output = TcpStream;
+
+    fn index(&self, leg: Leg) -> &TcpStream {
+        match leg {
+            Leg::Lan => &self.lan,
+            Leg::Wan => &self.wan,
+        }
+    }
+}
+
+/// The hand that can end a connection, and the task that it is to wake.
+#[derive(Default)]
+struct Cut {
+    reason: Option<&'static str>,
+    task: Option<Waker>,
 }
 
 impl Connection {
@@ -250,12 +272,11 @@ impl Connection {
             to_consumer: Flow::default(),
             to_producer: Flow::default(),
             onward: Mutex::new(None),
-            first_byte: OnceLock::new(),
+            first_byte_ns: AtomicU64::new(0),
             path_reason: OnceLock::new(),
             legs: Mutex::new(None),
             paused: Default::default(),
-            end: Notify::new(),
-            end_reason: OnceLock::new(),
+            cut: Mutex::default(),
             gauge: Mutex::default(),
         }
     }
@@ -290,18 +311,19 @@ impl Connection {
 
     /// A byte is about to be passed on.
     pub fn first_byte(&self) {
-        if self.first_byte.get().is_none() {
-            let _ = self.first_byte.set(self.opened.elapsed());
+        if self.first_byte_ns.load(Ordering::Relaxed) == 0 {
+            let past_ns = self.opened.elapsed().as_nanos().max(1) as u64;
+            let _ = self.first_byte_ns.compare_exchange(0, past_ns, Ordering::Relaxed, Ordering::Relaxed);
         }
     }
 
     /// Why the bytes of mode `tls` travel as they do.
-    pub fn explain_path(&self, reason: String) {
+    pub fn explain_path(&self, reason: Arc<str>) {
         let _ = self.path_reason.set(reason);
     }
 
     /// Both sockets are there, and bytes may flow.
-    pub fn connected(&self, onward: SocketAddr, legs: Legs) {
+    pub fn connected(&self, onward: SocketAddr, legs: Arc<Legs>) {
         *lock(&self.onward) = Some(onward);
         *lock(&self.legs) = Some(legs);
     }
@@ -310,7 +332,7 @@ impl Connection {
         lock(&self.legs).is_some()
     }
 
-    pub fn legs(&self) -> Option<Legs> {
+    pub fn legs(&self) -> Option<Arc<Legs>> {
         lock(&self.legs).clone()
     }
 
@@ -321,18 +343,28 @@ impl Connection {
 
     /// Ends this connection with a reset, for a typed reason. The first reason stays.
     pub fn cut(&self, reason: &'static str) {
-        let _ = self.end_reason.set(reason);
-        self.end.notify_one();
+        let task = {
+            let mut cut = lock(&self.cut);
+            cut.reason.get_or_insert(reason);
+            cut.task.take()
+        };
+        if let Some(task) = task {
+            task.wake();
+        }
     }
 
-    /// Waits until somebody cuts this connection.
-    pub async fn is_cut(&self) -> &'static str {
-        loop {
-            if let Some(reason) = self.end_reason.get() {
-                return reason;
+    /// Waits until somebody cuts this connection. Its own task does, and no other: only one is woken.
+    pub fn is_cut(&self) -> impl Future<Output = &'static str> {
+        poll_fn(|context| {
+            let mut cut = lock(&self.cut);
+            if let Some(reason) = cut.reason {
+                return Poll::Ready(reason);
             }
-            self.end.notified().await;
-        }
+            if !cut.task.as_ref().is_some_and(|task| task.will_wake(context.waker())) {
+                cut.task = Some(context.waker().clone());
+            }
+            Poll::Pending
+        })
     }
 
     /// Notes whether the peer on `leg` has closed its window; true if that has changed.
@@ -366,11 +398,12 @@ impl Connection {
 
     /// What the end of this connection, and its row in the status, say in addition.
     pub fn account(&self) -> Value {
+        let first_byte_ns = self.first_byte_ns.load(Ordering::Relaxed);
         json!({
             "bytes": {"to_consumer": self.to_consumer.bytes(), "to_producer": self.to_producer.bytes()},
             "path": {"to_consumer": self.to_consumer.path().name(), "to_producer": self.to_producer.path().name()},
-            "path_reason": self.path_reason.get(),
-            "first_byte_s": self.first_byte.get().map(Duration::as_secs_f64),
+            "path_reason": self.path_reason.get().map(|reason| &**reason),
+            "first_byte_s": (first_byte_ns > 0).then_some(first_byte_ns as f64 / 1e9),
             "pipe_bytes": self
                 .to_consumer
                 .pipe_bytes

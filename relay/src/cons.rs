@@ -10,6 +10,7 @@ use tokio::task::JoinSet;
 
 use crate::carry::Begun;
 use crate::config::{Mode, Probe};
+use crate::connection::Legs;
 use crate::errno;
 use crate::listen::Active;
 use crate::preamble::{ANSWER_BYTES, Answer, Kind, Request, Verdict};
@@ -23,12 +24,7 @@ const LONGEST_PAUSE_S: f64 = 2.0;
 const PAUSE_GROWTH: f64 = 1.6;
 
 /// Begins one LAN connection. What cannot be carried is reset, as a direct connection would be refused.
-pub async fn begin(
-    relay: Arc<Relay>,
-    active: Active,
-    lan: TcpStream,
-    source: SocketAddr,
-) -> Option<Box<Begun>> {
+pub async fn begin(relay: Arc<Relay>, active: Active, lan: TcpStream, source: SocketAddr) -> Option<Begun> {
     let connection = relay.open(active.listener(), source);
     let books = Books(relay.clone(), connection.clone());
     let Some(dial) = relay.dial(active.listener().index) else {
@@ -45,8 +41,7 @@ pub async fn begin(
     };
     match called {
         Ok((wan, session)) => {
-            let (lan, wan) = (Arc::new(lan), Arc::new(wan));
-            Some(Box::new(Begun { books, active, onward: dial.address, lan, wan, session }))
+            Some(Begun { books, active, onward: dial.address, legs: Legs { lan, wan }, session })
         }
         Err(closing) => {
             drop(lan);

@@ -123,8 +123,8 @@ impl Gauge {
         connection: &Connection,
         legs: &'a Legs,
     ) -> [(Leg, &'a TcpStream, TcpInfo); 2] {
-        let lan = tcp_info(&*legs.lan).unwrap_or_default();
-        let wan = tcp_info(&*legs.wan).unwrap_or_default();
+        let lan = tcp_info(&legs.lan).unwrap_or_default();
+        let wan = tcp_info(&legs.wan).unwrap_or_default();
         self.add(
             connection,
             Sample {
@@ -137,7 +137,7 @@ impl Gauge {
                 wan: Seen::of(&wan),
             },
         );
-        [(Leg::Lan, &*legs.lan, lan), (Leg::Wan, &*legs.wan, wan)]
+        [(Leg::Lan, &legs.lan, lan), (Leg::Wan, &legs.wan, wan)]
     }
 
     fn add(&mut self, connection: &Connection, new: Sample) {

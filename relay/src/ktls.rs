@@ -5,7 +5,7 @@ use std::fmt;
 use std::io::{self, IoSliceMut};
 use std::net::{Ipv4Addr, TcpListener};
 use std::os::fd::{AsFd, AsRawFd};
-use std::sync::Mutex;
+use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use nix::sys::socket::sockopt::{TcpTlsRx, TcpTlsTx, TcpUlp, TlsCryptoInfo};
@@ -48,11 +48,17 @@ pub struct KernelTls {
 /// Why this kernel has no TLS.
 #[derive(Debug)]
 pub struct Unable {
-    call: &'static str,
     error: io::Error,
+    /// Each connection says so, and all of them share it.
+    text: Arc<str>,
 }
 
 impl Unable {
+    fn new(call: &str, error: io::Error) -> Unable {
+        let text = format!("no kernel TLS ({call}: {})", errno::of(&error));
+        Unable { error, text: text.into() }
+    }
+
     /// The C name of the kernel's error.
     pub fn errno(&self) -> String {
         errno::of(&self.error)
@@ -61,16 +67,16 @@ impl Unable {
 
 impl fmt::Display for Unable {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "no kernel TLS ({}: {})", self.call, self.errno())
+        f.write_str(&self.text)
     }
 }
 
 impl KernelTls {
     /// Tries it, on a connection of this process with itself.
     pub fn try_here() -> Result<KernelTls, Unable> {
-        let (near, far) = loopback().map_err(|error| Unable { call: "loopback", error })?;
+        let (near, far) = loopback().map_err(|error| Unable::new("loopback", error))?;
         for end in [&near, &far] {
-            enable(end).map_err(|error| Unable { call: "TCP_ULP", error })?;
+            enable(end).map_err(|error| Unable::new("TCP_ULP", error))?;
         }
         let aes = TlsCryptoInfo::Aes256Gcm(aes_256_gcm(&[1; 32], &[1; 12], 0));
         let chacha = TlsCryptoInfo::Chacha20Poly1305(chacha20_poly1305(&[1; 32], &[1; 12], 0));
@@ -102,7 +108,7 @@ pub fn ciphers(kernel: &Result<KernelTls, Unable>, records_per_key: u64) -> Ciph
 pub enum Handed {
     ToKernel(Box<KernelSession>),
     /// The session stays as it was, for this reason.
-    Back(Box<Session>, String),
+    Back(Box<Session>, Arc<str>),
 }
 
 /// Gives an open session to the kernel, if that can carry it. The handshake and the preamble have taken whole records out of
@@ -114,13 +120,14 @@ pub fn hand_over(
 ) -> Result<Handed, LegError> {
     let suite = session.suite();
     let refusal = match (kernel, suite.map(|suite| suite.suite())) {
-        (Err(unable), _) => Some(unable.to_string()),
-        (Ok(kernel), Some(CipherSuite::TLS13_AES_256_GCM_SHA384)) => (!kernel.new_keys)
-            .then(|| "the TLS of this kernel takes no new keys, which AES-GCM needs".to_owned()),
-        (Ok(kernel), Some(CipherSuite::TLS13_CHACHA20_POLY1305_SHA256)) => {
-            (!kernel.chacha).then(|| "the TLS of this kernel has no ChaCha20-Poly1305".to_owned())
+        (Err(unable), _) => Some(unable.text.clone()),
+        (Ok(kernel), Some(CipherSuite::TLS13_AES_256_GCM_SHA384)) => {
+            (!kernel.new_keys).then(|| "the TLS of this kernel takes no new keys, which AES-GCM needs".into())
         }
-        (Ok(_), other) => Some(format!("the kernel is given no {other:?}")),
+        (Ok(kernel), Some(CipherSuite::TLS13_CHACHA20_POLY1305_SHA256)) => {
+            (!kernel.chacha).then(|| "the TLS of this kernel has no ChaCha20-Poly1305".into())
+        }
+        (Ok(_), other) => Some(format!("the kernel is given no {other:?}").into()),
     };
     if let Some(reason) = refusal {
         return Ok(Handed::Back(Box::new(session), reason));
@@ -130,7 +137,7 @@ pub fn hand_over(
     }
     // Without keys this changes nothing, so up to here there is a way back.
     if let Err(error) = enable(wan) {
-        return Ok(Handed::Back(Box::new(session), Unable { call: "TCP_ULP", error }.to_string()));
+        return Ok(Handed::Back(Box::new(session), Unable::new("TCP_ULP", error).text));
     }
     let at_wan = |error: io::Error| LegError::new(Leg::Wan, &error);
     let limit = session.records_per_key();
@@ -179,8 +186,8 @@ struct Sent {
 
 impl KernelSession {
     /// Why the path of a connection is this one.
-    pub fn reason(&self) -> String {
-        format!("{} by the kernel", self.cipher)
+    pub fn reason(&self) -> Arc<str> {
+        format!("{} by the kernel", self.cipher).into()
     }
 
     /// Sends a record that is no data, whole.
@@ -196,20 +203,6 @@ impl KernelSession {
             }
         }
         lock(&self.sent).other_bytes += bytes.len() as u64;
-        Ok(())
-    }
-
-    /// Sends with a new key from here on.
-    async fn change_key(&self, wan: &TcpStream) -> Result<(), LegError> {
-        self.send_record(wan, HANDSHAKE, &NEW_KEY).await?;
-        let records = tls_next_record(wan).map_err(|error| LegError::new(Leg::Wan, &error))?;
-        let next = lock(&self.keys).next_to_send().map_err(|error| LegError::tls(&error))?;
-        give_key(wan, TcpTlsTx, &next, 0).map_err(|error| no_new_key(&error))?;
-        let mut sent = lock(&self.sent);
-        sent.former_records += records - sent.first_record;
-        sent.first_record = 0;
-        sent.certain_records = self.limit.saturating_sub(KEPT_RECORDS);
-        sent.key_wanted = false;
         Ok(())
     }
 
@@ -307,20 +300,32 @@ impl Wire for KernelSession {
         }
     }
 
-    /// Changes the key before it has made too many records.
-    async fn before_sending(&self, wan: &TcpStream) -> Result<(), LegError> {
-        {
-            let mut sent = lock(&self.sent);
-            if !sent.key_wanted && sent.certain_records < MOST_RECORDS_A_CALL {
-                let made = tls_next_record(wan).map_err(|error| LegError::new(Leg::Wan, &error))?;
-                sent.certain_records = self.limit.saturating_sub(made + KEPT_RECORDS);
-            }
-            if !sent.key_wanted && sent.certain_records >= MOST_RECORDS_A_CALL {
-                sent.certain_records -= MOST_RECORDS_A_CALL;
-                return Ok(());
-            }
+    /// The key is to be changed before it has made too many records.
+    fn wants_to_prepare(&self, wan: &TcpStream) -> Result<bool, LegError> {
+        let mut sent = lock(&self.sent);
+        if !sent.key_wanted && sent.certain_records < MOST_RECORDS_A_CALL {
+            let made = tls_next_record(wan).map_err(|error| LegError::new(Leg::Wan, &error))?;
+            sent.certain_records = self.limit.saturating_sub(made + KEPT_RECORDS);
         }
-        self.change_key(wan).await
+        if sent.key_wanted || sent.certain_records < MOST_RECORDS_A_CALL {
+            return Ok(true);
+        }
+        sent.certain_records -= MOST_RECORDS_A_CALL;
+        Ok(false)
+    }
+
+    /// Sends with a new key from here on.
+    async fn prepare(&self, wan: &TcpStream) -> Result<(), LegError> {
+        self.send_record(wan, HANDSHAKE, &NEW_KEY).await?;
+        let records = tls_next_record(wan).map_err(|error| LegError::new(Leg::Wan, &error))?;
+        let next = lock(&self.keys).next_to_send().map_err(|error| LegError::tls(&error))?;
+        give_key(wan, TcpTlsTx, &next, 0).map_err(|error| no_new_key(&error))?;
+        let mut sent = lock(&self.sent);
+        sent.former_records += records - sent.first_record;
+        sent.first_record = 0;
+        sent.certain_records = self.limit.saturating_sub(KEPT_RECORDS);
+        sent.key_wanted = false;
+        Ok(())
     }
 
     /// While a pipe has more, Linux 6.1 tells TCP to wait for it with what is less than a segment. If the send buffer is full

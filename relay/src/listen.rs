@@ -246,16 +246,14 @@ fn admit(
                 return relay.refuse(&listener, "half-open", source.ip());
             };
             workers.spawn(stream, move |stream| {
-                carry::serve(Box::pin(prod::begin(relay, listener, stream, source, ticket)))
+                carry::serve(prod::begin(relay, listener, stream, source, ticket))
             });
         }
         Role::Cons => {
             let Some(active) = Active::enter(&listener, relay.config.max_connections) else {
                 return relay.refuse(&listener, "busy", source.ip());
             };
-            workers.spawn(stream, move |stream| {
-                carry::serve(Box::pin(cons::begin(relay, active, stream, source)))
-            });
+            workers.spawn(stream, move |stream| carry::serve(cons::begin(relay, active, stream, source)));
         }
     }
 }

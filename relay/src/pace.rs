@@ -98,13 +98,13 @@ impl Pacer {
         self.divided = now;
         let before = std::mem::take(&mut self.shares);
         let mut uses = Vec::with_capacity(connections.len());
-        let mut wan_legs = Vec::with_capacity(connections.len());
+        let mut all_legs = Vec::with_capacity(connections.len());
         for connection in connections {
             let Some(legs) = connection.legs() else { continue };
             // A socket that has just been closed has neither.
-            let Ok(info) = tcp_info(&*legs.wan) else { continue };
+            let Ok(info) = tcp_info(&legs.wan) else { continue };
             if rate_mbits_per_s == 0 {
-                let _ = set_max_pacing_rate(&*legs.wan, u64::MAX);
+                let _ = set_max_pacing_rate(&legs.wan, u64::MAX);
                 continue;
             }
             let share = before.get(&connection.id);
@@ -118,7 +118,7 @@ impl Pacer {
                 lump_bytes: lump_bytes(&info),
             });
             let acked = share.filter(|_| moved == 0).map_or(now, |share| share.acked);
-            wan_legs.push((connection.id, legs.wan, info.acked_bytes, acked));
+            all_legs.push((connection.id, legs, info.acked_bytes, acked));
         }
         if rate_mbits_per_s == 0 {
             return;
@@ -126,8 +126,8 @@ impl Pacer {
         let rate = rate_mbits_per_s as f64 * 125_000.0;
         // Nobody has sent anything of this rate yet.
         if first {
-            for (id, wan, acked_bytes, acked) in wan_legs {
-                begin(&wan, rate_mbits_per_s, connections.len());
+            for (id, legs, acked_bytes, acked) in all_legs {
+                begin(&legs.wan, rate_mbits_per_s, connections.len());
                 self.shares
                     .insert(id, Share { bytes_per_s: rate / connections.len() as f64, acked_bytes, acked });
             }
@@ -142,8 +142,8 @@ impl Pacer {
         let certain = self.debt_bytes - self.debt_bytes.clamp(-LUMP_BYTES, LUMP_BYTES);
         let to_divide = (rate - certain / EVENED_WITHIN_S).max(rate / 2.0);
         let shares = divide(to_divide, elapsed_s, &uses);
-        for ((id, wan, acked_bytes, acked), bytes_per_s) in wan_legs.into_iter().zip(shares) {
-            let _ = set_max_pacing_rate(&*wan, bytes_per_s as u64);
+        for ((id, legs, acked_bytes, acked), bytes_per_s) in all_legs.into_iter().zip(shares) {
+            let _ = set_max_pacing_rate(&legs.wan, bytes_per_s as u64);
             self.shares.insert(id, Share { bytes_per_s, acked_bytes, acked });
         }
     }

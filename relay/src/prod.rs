@@ -11,6 +11,7 @@ use tokio::net::TcpStream;
 
 use crate::carry::Begun;
 use crate::config::{Mode, Probe};
+use crate::connection::Legs;
 use crate::errno;
 use crate::listen::{Active, Ticket};
 use crate::preamble::{Answer, Kind, MAGIC, REQUEST_BYTES, Request, Verdict};
@@ -37,7 +38,7 @@ pub async fn begin(
     stream: TcpStream,
     source: SocketAddr,
     ticket: Ticket,
-) -> Option<Box<Begun>> {
+) -> Option<Begun> {
     let (wan, kind, target) = admit(&relay, &listener, stream, source, ticket).await?;
     match kind {
         Kind::Data => return begin_data(wan, listener, source, target).await,
@@ -214,7 +215,7 @@ async fn begin_data(
     listener: Arc<Listener>,
     source: SocketAddr,
     target: SocketAddr,
-) -> Option<Box<Begun>> {
+) -> Option<Begun> {
     let relay = wan.relay;
     let Some(active) = Active::enter(&listener, relay.config.max_connections) else {
         relay.refuse(&listener, "busy", source.ip());
@@ -226,8 +227,7 @@ async fn begin_data(
     let closing = match first_or_fresh(relay, target).await {
         Ok(lan) => match wan.accept().await {
             Ok((wan, session)) => {
-                let (lan, wan) = (Arc::new(lan), Arc::new(wan));
-                return Some(Box::new(Begun { books, active, onward: target, lan, wan, session }));
+                return Some(Begun { books, active, onward: target, legs: Legs { lan, wan }, session });
             }
             Err(text) => Closing { reason: "peer", abort: None, text: Some(text) },
         },

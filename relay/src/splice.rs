@@ -3,6 +3,7 @@
 
 use std::future::poll_fn;
 use std::io;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use rustix::io::Errno;
@@ -11,7 +12,7 @@ use tokio::io::Interest;
 use tokio::net::TcpStream;
 use tokio::sync::Notify;
 
-use crate::connection::{Connection, Flow, Leg, LegError, Path, Wait};
+use crate::connection::{Connection, Flow, Leg, LegError, Legs, Path, Wait};
 use crate::pipe::{BUFFER_BYTES, PIPE_BYTES, Pipe, give_buffer, give_pipe, take_buffer, take_pipe};
 use crate::socket::{close_in_order, shutdown_write};
 
@@ -21,7 +22,7 @@ pub const FLUSH: Duration = Duration::from_secs(5);
 
 /// How often a busy direction moves bytes before the other connections of its thread get a turn: a few MiB. Fewer cost CPU for
 /// each byte, more let a ping beside a bulk transfer wait.
-const ROUNDS_A_TURN: u64 = 8;
+const ROUNDS_A_TURN: u8 = 8;
 
 /// What is shorter than this is cheaper copied than spliced, and more often than not followed by its like.
 const SHORT_BYTES: usize = 4 << 10;
@@ -38,15 +39,17 @@ pub enum Load {
 }
 
 /// How the WAN leg says what it says: in clear text, or in TLS that the kernel speaks.
-pub trait Wire {
+pub trait Wire: Sync {
     const SPLICED: Path;
     const COPIED: Path;
 
     /// Takes what the WAN has.
     fn load(&self, wan: &TcpStream, flow: &Flow) -> Result<Load, LegError>;
 
-    /// Called before each call that gives bytes to the WAN.
-    async fn before_sending(&self, wan: &TcpStream) -> Result<(), LegError>;
+    /// Whether `prepare` is to be called before the next call that gives bytes to the WAN; asked before each.
+    fn wants_to_prepare(&self, wan: &TcpStream) -> Result<bool, LegError>;
+
+    async fn prepare(&self, wan: &TcpStream) -> Result<(), LegError>;
 
     /// Called when the WAN takes nothing now.
     fn push(&self, wan: &TcpStream);
@@ -68,7 +71,11 @@ impl Wire for Clear {
         Cargo::load(wan, flow, (Path::Splice, Path::Copy)).map_err(|error| LegError::new(Leg::Wan, &error))
     }
 
-    async fn before_sending(&self, _wan: &TcpStream) -> Result<(), LegError> {
+    fn wants_to_prepare(&self, _wan: &TcpStream) -> Result<bool, LegError> {
+        Ok(false)
+    }
+
+    async fn prepare(&self, _wan: &TcpStream) -> Result<(), LegError> {
         Ok(())
     }
 
@@ -83,118 +90,144 @@ impl Wire for Clear {
     }
 }
 
+/// What both directions of a connection share.
+struct Ways<'a, W> {
+    legs: &'a Legs,
+    wire: &'a W,
+    connection: &'a Connection,
+    /// One of them has ended.
+    one_ended: AtomicBool,
+    both_ended: Notify,
+}
+
 /// Relays both ways until both applications have ended their direction, or the first error ends both at once. Closing is
 /// orderly only in the first case; in the other, dropping the sockets resets them.
-pub async fn relay<W: Wire>(
-    lan: &TcpStream,
-    wan: &TcpStream,
-    wire: &W,
-    connection: &Connection,
-) -> Result<(), LegError> {
-    let (lan_ended, wan_ended) = (Notify::new(), Notify::new());
-    tokio::try_join!(
-        async {
-            one_way((lan, Leg::Lan), (wan, Leg::Wan), wire, connection).await?;
-            wire.end(wan).await?;
-            lan_ended.notify_one();
-            Box::pin(watch((lan, Leg::Lan), &wan_ended)).await
-        },
-        async {
-            one_way((wan, Leg::Wan), (lan, Leg::Lan), wire, connection).await?;
-            shutdown_write(lan).map_err(|error| LegError::new(Leg::Lan, &error))?;
-            wan_ended.notify_one();
-            Box::pin(watch((wan, Leg::Wan), &lan_ended)).await
-        },
-    )?;
-    wire.settle(wan, connection.lan_to_wan().bytes()).await?;
-    close_in_order(lan);
-    close_in_order(wan);
-    Ok(())
+pub fn relay<'a, W: Wire>(
+    legs: &'a Legs,
+    wire: &'a W,
+    connection: &'a Connection,
+) -> impl Future<Output = Result<(), LegError>> + 'a {
+    let ways = Ways { legs, wire, connection, one_ended: AtomicBool::new(false), both_ended: Notify::new() };
+    // A block, here and below: an idle connection would keep the arguments of an async function twice. And what it does not
+    // wait for is in boxes: it keeps no memory for that.
+    async move {
+        // Small pieces of memory fit between the large ones that sockets and tasks have at rounded addresses.
+        let (outward, inward) = (Box::pin(one_way(&ways, Leg::Lan)), Box::pin(one_way(&ways, Leg::Wan)));
+        tokio::try_join!(outward, inward)?;
+        let Ways { legs, wire, connection, .. } = ways;
+        Box::pin(wire.settle(&legs.wan, connection.lan_to_wan().bytes())).await?;
+        close_in_order(&legs.lan);
+        close_in_order(&legs.wan);
+        Ok(())
+    }
 }
 
 /// One direction, up to the end of its source. Invariant: the source is read only while nothing is under way, so EAGAIN from
 /// the source can only mean that the source is empty, and EAGAIN from the destination that the destination is full.
-async fn one_way<W: Wire>(
-    (source, source_leg): (&TcpStream, Leg),
-    (destination, destination_leg): (&TcpStream, Leg),
-    wire: &W,
-    connection: &Connection,
-) -> Result<(), LegError> {
-    let at_source = |error: io::Error| LegError::new(source_leg, &error);
-    let at_destination = |error: io::Error| LegError::new(destination_leg, &error);
-    let flow = if source_leg == Leg::Lan { connection.lan_to_wan() } else { connection.wan_to_lan() };
-    let mut rounds = 0_u64;
-    loop {
-        {
-            let _waiting = flow.waits(Wait::Source);
-            // Nobody else waits for this socket to be readable; `readable()` would take memory for that, of every idle connection.
-            poll_fn(|context| source.poll_read_ready(context)).await.map_err(at_source)?;
-        }
-        let loaded = match source_leg {
-            Leg::Lan => Cargo::load(source, flow, (W::SPLICED, W::COPIED)).map_err(at_source),
-            Leg::Wan => wire.load(source, flow),
-        };
-        let (mut cargo, length) = match loaded? {
-            Load::Cargo(cargo, length) => (cargo, length),
-            Load::Nothing => continue,
-            Load::End => {
-                flow.end();
-                return Ok(());
+fn one_way<'a, W: Wire>(ways: &'a Ways<'a, W>, from: Leg) -> impl Future<Output = Result<(), LegError>> + 'a {
+    let to = from.other();
+    async move {
+        let mut rounds = 0;
+        loop {
+            {
+                let _waiting = ways.flow(from).waits(Wait::Source);
+                // Nobody else waits for this socket to be readable; `readable()` would take memory for that, of every idle
+                // connection.
+                let readable = poll_fn(|context| ways.legs[from].poll_read_ready(context)).await;
+                readable.map_err(|error| LegError::new(from, &error))?;
             }
-        };
-        connection.first_byte();
-        let mut left = length;
-        while left > 0 {
-            if destination_leg == Leg::Wan {
-                wire.before_sending(destination).await?;
-            }
-            match cargo.unload(destination, left) {
-                Ok(0) => return Err(at_destination(io::ErrorKind::WriteZero.into())),
-                Ok(moved) => {
-                    left -= moved;
-                    flow.add(moved);
+            let (mut cargo, mut left) = match ways.load(from)? {
+                Load::Cargo(cargo, length) => (cargo, length),
+                Load::Nothing => continue,
+                Load::End => break,
+            };
+            ways.connection.first_byte();
+            while left > 0 {
+                if to == Leg::Wan && ways.wire.wants_to_prepare(&ways.legs.wan)? {
+                    Box::pin(ways.wire.prepare(&ways.legs.wan)).await?;
                 }
-                Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
-                    if destination_leg == Leg::Wan {
-                        wire.push(destination);
-                    }
-                    let _waiting = flow.waits(Wait::Destination);
-                    // Boxed: an idle connection keeps no memory for it.
-                    Box::pin(wait_for_room((source, source_leg), (destination, destination_leg))).await?;
+                let moved = ways.unload(&mut cargo, to, left)?;
+                left -= moved;
+                if moved == 0 {
+                    Box::pin(ways.wait_for_room(from)).await?;
                 }
-                Err(error) => return Err(at_destination(error)),
+            }
+            cargo.give_back();
+            rounds += 1;
+            if rounds == ROUNDS_A_TURN {
+                rounds = 0;
+                tokio::task::yield_now().await;
             }
         }
-        cargo.give_back();
-        rounds += 1;
-        if rounds % ROUNDS_A_TURN == 0 {
-            tokio::task::yield_now().await;
-        }
+        Box::pin(ways.end(from)).await
     }
 }
 
-/// A source that has ended its direction is read no more; until the other direction has ended too, a reset of it must still be
-/// seen, or the other application would wait for one that is gone.
-async fn watch((source, leg): (&TcpStream, Leg), other_ended: &Notify) -> Result<(), LegError> {
-    tokio::select! {
-        biased;
-        () = other_ended.notified() => Ok(()),
-        _ = source.ready(Interest::ERROR) => Err(LegError::new(leg, &Errno::CONNRESET.into())),
+impl<W: Wire> Ways<'_, W> {
+    fn flow(&self, from: Leg) -> &Flow {
+        match from {
+            Leg::Lan => self.connection.lan_to_wan(),
+            Leg::Wan => self.connection.wan_to_lan(),
+        }
     }
-}
 
-/// Waits until the destination takes bytes again. A source that is reset meanwhile gets a bounded time to be delivered.
-async fn wait_for_room(
-    (source, source_leg): (&TcpStream, Leg),
-    (destination, destination_leg): (&TcpStream, Leg),
-) -> Result<(), LegError> {
-    tokio::select! {
-        biased;
-        room = destination.writable() => room.map_err(|error| LegError::new(destination_leg, &error)),
-        _ = source.ready(Interest::ERROR) => match tokio::time::timeout(FLUSH, destination.writable()).await {
-            Ok(room) => room.map_err(|error| LegError::new(destination_leg, &error)),
-            Err(_) => Err(LegError::new(source_leg, &Errno::CONNRESET.into())),
-        },
+    /// Takes what a source has.
+    fn load(&self, from: Leg) -> Result<Load, LegError> {
+        match from {
+            Leg::Lan => Cargo::load(&self.legs.lan, self.flow(from), (W::SPLICED, W::COPIED))
+                .map_err(|error| LegError::new(from, &error)),
+            Leg::Wan => self.wire.load(&self.legs.wan, self.flow(from)),
+        }
+    }
+
+    /// How many of the bytes that are under way the destination takes; 0 if there is no room.
+    fn unload(&self, cargo: &mut Cargo, to: Leg, left: usize) -> Result<usize, LegError> {
+        match cargo.unload(&self.legs[to], left) {
+            Ok(0) => Err(LegError::new(to, &io::ErrorKind::WriteZero.into())),
+            Ok(moved) => {
+                self.flow(to.other()).add(moved);
+                Ok(moved)
+            }
+            Err(error) if error.kind() == io::ErrorKind::WouldBlock => Ok(0),
+            Err(error) => Err(LegError::new(to, &error)),
+        }
+    }
+
+    /// Waits until the destination takes bytes again. A source that is reset meanwhile gets a bounded time to be delivered.
+    async fn wait_for_room(&self, from: Leg) -> Result<(), LegError> {
+        let to = from.other();
+        let (source, destination) = (&self.legs[from], &self.legs[to]);
+        if to == Leg::Wan {
+            self.wire.push(destination);
+        }
+        let _waiting = self.flow(from).waits(Wait::Destination);
+        tokio::select! {
+            biased;
+            room = destination.writable() => room.map_err(|error| LegError::new(to, &error)),
+            _ = source.ready(Interest::ERROR) => match tokio::time::timeout(FLUSH, destination.writable()).await {
+                Ok(room) => room.map_err(|error| LegError::new(to, &error)),
+                Err(_) => Err(LegError::new(from, &Errno::CONNRESET.into())),
+            },
+        }
+    }
+
+    /// The source has ended its direction: the destination is told, and the source is read no more. Until the other direction
+    /// has ended too, a reset of it must still be seen, or the other application would wait for one that is gone.
+    async fn end(&self, from: Leg) -> Result<(), LegError> {
+        self.flow(from).end();
+        match from {
+            Leg::Lan => self.wire.end(&self.legs.wan).await?,
+            Leg::Wan => shutdown_write(&self.legs.lan).map_err(|error| LegError::new(Leg::Lan, &error))?,
+        }
+        if self.one_ended.swap(true, Ordering::Relaxed) {
+            self.both_ended.notify_one();
+            return Ok(());
+        }
+        tokio::select! {
+            biased;
+            () = self.both_ended.notified() => Ok(()),
+            _ = self.legs[from].ready(Interest::ERROR) => Err(LegError::new(from, &Errno::CONNRESET.into())),
+        }
     }
 }
 

@@ -1,16 +1,20 @@
 //! Carries the bytes of one connection in mode `tls`: TLS 1.3 on the WAN socket, clear text on the LAN socket, both ways in
 //! one task because they share the session. What the kernel gave into a buffer is sealed or opened there, and given on.
 
+use std::future::poll_fn;
 use std::io::{self, IoSlice};
 use std::ops::Range;
+use std::pin::Pin;
+use std::task::{Context, Poll};
 use std::time::Duration;
 
 use rustix::net::{SendFlags, send};
 use rustls::AlertDescription;
 use tokio::io::{Interest, Ready};
 use tokio::net::TcpStream;
+use tokio::time::Sleep;
 
-use crate::connection::{Connection, Flow, Leg, LegError, Path, Wait, Waiting};
+use crate::connection::{Connection, Flow, Leg, LegError, Legs, Path, Wait, Waiting};
 use crate::pipe::{BUFFER_BYTES, give_buffer, take_buffer};
 use crate::record::{ALERT_BYTES, Content, Fault, Records, length_of_first, slots};
 use crate::socket::{close_in_order, shutdown_write};
@@ -18,7 +22,7 @@ use crate::splice::FLUSH;
 use crate::tls::{HEADER_BYTES, LONGEST_RECORD_BYTES, Session};
 
 /// As in `splice`; a round is smaller here, and dearer.
-const ROUNDS_A_TURN: u64 = 8;
+const ROUNDS_A_TURN: u8 = 8;
 /// Part of a record is moved to the front of its buffer when there is less room than this behind it.
 const LEAST_ROOM_BYTES: usize = BUFFER_BYTES / 2;
 /// Less than this is moved up to what comes before it: a piece of its own costs a call more than so many bytes.
@@ -33,38 +37,49 @@ const AWAKE: Duration = Duration::from_secs(1);
 
 /// Relays until both sides have ended in order (FIN on the LAN, close_notify on the WAN) or the first error. A WAN that ends
 /// without close_notify was cut, and counts as reset.
-pub async fn relay(
-    session: Session,
-    lan: &TcpStream,
-    wan: &TcpStream,
-    connection: &Connection,
-) -> Result<(), LegError> {
+pub fn relay<'a>(
+    pump: &'a mut Pump,
+    legs: &'a Legs,
+    connection: &'a Connection,
+) -> impl Future<Output = Result<(), LegError>> + 'a {
     connection.lan_to_wan().took(Path::TlsCopy, 0);
     connection.wan_to_lan().took(Path::TlsCopy, 0);
-    let mut pump = Pump::of(session).map_err(|error| LegError::tls(&error))?;
-    let mut rounds = 0_u64;
-    while !(pump.lan_shut && pump.wan_shut) {
-        let inward = pump.inward(lan, wan, connection)?;
-        let outward = pump.outward(lan, wan, connection)?;
-        if !inward && !outward {
-            pump.wait(lan, wan, connection).await?;
+    // A block: an idle connection would keep the arguments of an async function twice.
+    async move {
+        let mut rounds = 0;
+        while !(pump.lan_shut && pump.wan_shut) {
+            let inward = pump.inward(&legs.lan, &legs.wan, connection)?;
+            let outward = pump.outward(&legs.lan, &legs.wan, connection)?;
+            if !inward && !outward {
+                pump.rest_if_little(connection);
+                if pump.is_idle() {
+                    let _outward = connection.lan_to_wan().waits(Wait::Source);
+                    let _inward = connection.wan_to_lan().waits(Wait::Source);
+                    let mut awake = pump.records.is_awake().then(|| Box::pin(tokio::time::sleep(AWAKE)));
+                    poll_fn(|context| pump.poll_bytes(legs, &mut awake, context)).await?;
+                } else {
+                    // Boxed: an idle connection keeps no memory for it.
+                    Box::pin(pump.wait(&legs.lan, &legs.wan, connection)).await?;
+                }
+            }
+            // Also after a wait: one that is over at once must not keep the thread to itself.
+            rounds += 1;
+            if rounds == ROUNDS_A_TURN {
+                rounds = 0;
+                tokio::task::yield_now().await;
+            }
         }
-        // Also after a wait: one that is over at once must not keep the thread to itself.
-        rounds += 1;
-        if rounds % ROUNDS_A_TURN == 0 {
-            tokio::task::yield_now().await;
-        }
+        close_in_order(&legs.lan);
+        close_in_order(&legs.wan);
+        Ok(())
     }
-    close_in_order(lan);
-    close_in_order(wan);
-    Ok(())
 }
 
 /// An idle connection has its keys and no buffer.
-struct Pump {
+pub struct Pump {
     records: Records,
-    inbox: Option<Inbox>,
-    outbox: Option<Outbox>,
+    inbox: Option<Box<Inbox>>,
+    outbox: Option<Box<Outbox>>,
     lan_ended: bool,
     wan_ended: bool,
     lan_shut: bool,
@@ -169,7 +184,7 @@ impl Inbox {
 
 impl Pump {
     /// Goes on where a session stands that may have received data already, and may have to send some.
-    fn of(mut session: Session) -> Result<Pump, rustls::Error> {
+    pub fn of(mut session: Session) -> Result<Pump, rustls::Error> {
         let (plain, outgoing) = (std::mem::take(&mut session.plain), session.outgoing.pending().to_vec());
         let wan_ended = session.peer_closed;
         let mut pump = Pump {
@@ -185,17 +200,17 @@ impl Pump {
         if !plain.is_empty() {
             let mut inbox = Inbox { buffer: plain, pieces: Vec::new(), delivered: 0, sealed: 0..0 };
             inbox.add(0, inbox.buffer.len());
-            pump.inbox = Some(inbox);
+            pump.inbox = Some(Box::new(inbox));
         }
         if !outgoing.is_empty() {
             let unsent = 0..outgoing.len();
-            pump.outbox = Some(Outbox { buffer: outgoing, unsent, content_bytes: 0 });
+            pump.outbox = Some(Box::new(Outbox { buffer: outgoing, unsent, content_bytes: 0 }));
         }
         Ok(pump)
     }
 
     fn to_lan(&self) -> bool {
-        self.inbox.as_ref().is_some_and(Inbox::has_pieces)
+        self.inbox.as_ref().is_some_and(|inbox| inbox.has_pieces())
     }
 
     /// WAN to LAN. Reads only when everything before has been delivered, so memory is bounded by one buffer.
@@ -221,7 +236,7 @@ impl Pump {
             }
             return Ok(false);
         }
-        let inbox = self.inbox.get_or_insert_with(Inbox::take);
+        let inbox = self.inbox.get_or_insert_with(|| Box::new(Inbox::take()));
         let progress = match at(Leg::Wan, wan.try_read(inbox.room())) {
             // The far relay says close_notify or resets; only a network or a dying host ends like this.
             Ok(Some(0)) => Err(LegError::silent(Leg::Wan, "the WAN ended without close_notify")),
@@ -324,7 +339,7 @@ impl Pump {
         };
         match unsent.map_err(|error| LegError::tls(&error))? {
             Some((unsent, content_bytes)) => {
-                self.outbox = Some(Outbox { buffer, unsent, content_bytes });
+                self.outbox = Some(Box::new(Outbox { buffer, unsent, content_bytes }));
                 Ok(true)
             }
             None => {
@@ -332,6 +347,41 @@ impl Pump {
                 Ok(false)
             }
         }
+    }
+
+    /// Nothing is under way, and nobody has ended.
+    fn is_idle(&self) -> bool {
+        self.outbox.is_none() && !self.to_lan() && !self.lan_ended && !self.wan_ended
+    }
+
+    /// Before a wait: who has carried little since the last one keeps nothing that it can make again.
+    fn rest_if_little(&mut self, connection: &Connection) {
+        let carried = connection.bytes();
+        let under_way = self.to_lan() || self.outbox.is_some();
+        if !under_way && carried - self.carried_before_wait < BULK_BYTES {
+            self.records.rest();
+        }
+        self.carried_before_wait = carried;
+    }
+
+    /// Waits for the next bytes, from either side, and rests once it has been `awake` for long. Nobody else waits for these
+    /// sockets to be readable; `ready()` would take memory for that, of every idle connection.
+    fn poll_bytes(
+        &mut self,
+        legs: &Legs,
+        awake: &mut Option<Pin<Box<Sleep>>>,
+        context: &mut Context<'_>,
+    ) -> Poll<Result<(), LegError>> {
+        for leg in [Leg::Lan, Leg::Wan] {
+            if let Poll::Ready(ready) = legs[leg].poll_read_ready(context) {
+                return Poll::Ready(ready.map_err(|error| LegError::new(leg, &error)));
+            }
+        }
+        if awake.as_mut().is_some_and(|sleep| sleep.as_mut().poll(context).is_ready()) {
+            *awake = None;
+            self.records.rest();
+        }
+        Poll::Pending
     }
 
     /// Nothing could move: waits for what would change that, and on each leg for a reset even if nothing is wanted from it.
@@ -342,11 +392,6 @@ impl Pump {
         connection: &Connection,
     ) -> Result<(), LegError> {
         let (to_lan, to_wan) = (self.to_lan(), self.outbox.is_some());
-        let carried = connection.bytes();
-        if !to_lan && !to_wan && carried - self.carried_before_wait < BULK_BYTES {
-            self.records.rest();
-        }
-        self.carried_before_wait = carried;
         let _outward = waits(to_wan, self.lan_ended, connection.lan_to_wan());
         let _inward = waits(to_lan, self.wan_ended, connection.wan_to_lan());
         let lan_wants = wants(!to_wan && !self.lan_ended, to_lan);

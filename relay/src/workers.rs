@@ -39,20 +39,21 @@ impl Workers {
     /// Gives a connection to the next worker. One that cannot be registered there is dropped, which resets it.
     pub fn spawn<F, T>(&self, stream: TcpStream, task: F)
     where
-        F: FnOnce(TcpStream) -> T + Send + 'static,
+        F: FnOnce(TcpStream) -> T,
         T: Future<Output = ()> + Send + 'static,
     {
         if let [only] = self.handles.as_slice() {
             only.spawn(task(stream));
             return;
         }
-        let worker = self.next.fetch_add(1, Ordering::Relaxed) % self.handles.len();
-        if let Ok(stream) = stream.into_std() {
-            self.handles[worker].spawn(async move {
-                if let Ok(stream) = TcpStream::from_std(stream) {
-                    task(stream).await;
-                }
-            });
+        let worker = &self.handles[self.next.fetch_add(1, Ordering::Relaxed) % self.handles.len()];
+        // Registered from here, so that the task has no memory for how it came to its worker.
+        let registered = stream.into_std().and_then(|stream| {
+            let _at_worker = worker.enter();
+            TcpStream::from_std(stream)
+        });
+        if let Ok(stream) = registered {
+            worker.spawn(task(stream));
         }
     }
 }
