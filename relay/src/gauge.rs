@@ -25,17 +25,29 @@ const CLOSED_WINDOW_WEIGHT: f64 = 4.0;
 const SHORT_BYTES: f64 = 3000.0;
 const SHORT_PART: f64 = 0.0005;
 
-/// The figures of one connection between two samples. Thousands of connections may be idle, so one that moves nothing has one
-/// sample and no memory besides.
+/// The figures of one connection. Thousands may be idle, so one that moves nothing knows what it has moved, and no more.
 #[derive(Default)]
 pub struct Gauge {
-    /// Where the window begins.
-    first: Option<Sample>,
+    window: Option<Box<Window>>,
+    last_moved: Option<Moved>,
+}
+
+/// When bytes were last seen to have moved, and how many had by then.
+#[derive(Clone, Copy)]
+struct Moved {
+    at: Instant,
+    to_consumer: u64,
+    to_producer: u64,
+}
+
+/// What a connection that moves bytes has done of late.
+struct Window {
+    /// Where it begins.
+    first: Sample,
     later: VecDeque<Sample>,
-    pub to_consumer_bits_per_s: f64,
-    pub to_producer_bits_per_s: f64,
-    pub shares: Option<Shares>,
-    last_moved: Option<(Instant, u64)>,
+    to_consumer_bits_per_s: f64,
+    to_producer_bits_per_s: f64,
+    shares: Option<Shares>,
 }
 
 #[derive(Clone, Copy)]
@@ -79,14 +91,16 @@ impl Sample {
             && waited(self.waited_to_producer, old.waited_to_producer)
     }
 
-    /// What this one would have been a window earlier, of a connection that has been silent since.
-    fn a_window_ago(self) -> Sample {
+    /// What this one would have been a window earlier, of a connection that has been silent from `moved` until now.
+    fn a_window_ago(self, moved: &Moved) -> Sample {
         let earlier = |waited: Waited| Waited {
             source_ns: waited.source_ns.saturating_sub(WINDOW.as_nanos() as u64),
             ..waited
         };
         Sample {
             at: self.at.checked_sub(WINDOW).unwrap_or(self.at),
+            to_consumer: moved.to_consumer,
+            to_producer: moved.to_producer,
             waited_to_consumer: earlier(self.waited_to_consumer),
             waited_to_producer: earlier(self.waited_to_producer),
             ..self
@@ -119,7 +133,6 @@ impl Gauge {
     /// Takes a sample and forgets what is older than the window. The answer is what TCP says of the legs.
     pub fn sample<'a>(
         &mut self,
-        now: Instant,
         connection: &Connection,
         legs: &'a Legs,
     ) -> [(Leg, &'a TcpStream, TcpInfo); 2] {
@@ -128,7 +141,8 @@ impl Gauge {
         self.add(
             connection,
             Sample {
-                at: now,
+                // Not of the tick, whose thousandth connection is looked at milliseconds later: it would seem to have worked.
+                at: Instant::now(),
                 to_consumer: connection.to_consumer().bytes(),
                 to_producer: connection.to_producer().bytes(),
                 waited_to_consumer: connection.to_consumer().waited(),
@@ -141,36 +155,96 @@ impl Gauge {
     }
 
     fn add(&mut self, connection: &Connection, new: Sample) {
-        let total = new.to_consumer + new.to_producer;
-        if self.last_moved.is_none_or(|(_, bytes)| bytes != total) {
-            self.last_moved = Some((new.at, total));
+        let before = self.last_moved;
+        let moved = Moved { at: new.at, to_consumer: new.to_consumer, to_producer: new.to_producer };
+        let has_moved = before.is_none_or(|before| before.bytes() != moved.bytes());
+        if has_moved {
+            self.last_moved = Some(moved);
         }
-        let Some(mut old) = self.first else {
-            self.first = Some(new);
-            return;
+        let is_producer_side = connection.is_producer_side();
+        let goes_on = match (&mut self.window, before) {
+            (Some(window), _) => window.add(new, is_producer_side),
+            (none, Some(before)) if has_moved && new.at - before.at >= WINDOW => {
+                let window = none.insert(Box::new(Window::from(new.a_window_ago(&before))));
+                window.add(new, is_producer_side)
+            }
+            // One that is new. Its first sample is no reason for a window: most of those that are idle have said something then.
+            (none, Some(_)) if has_moved => {
+                *none = Some(Box::new(Window::from(new)));
+                true
+            }
+            _ => true,
         };
+        if !goes_on {
+            self.window = None;
+        }
+    }
+
+    /// To the consumer and to the producer, over the window.
+    pub fn bits_per_s(&self) -> (f64, f64) {
+        self.window
+            .as_ref()
+            .map_or((0.0, 0.0), |window| (window.to_consumer_bits_per_s, window.to_producer_bits_per_s))
+    }
+
+    pub fn shares(&self) -> Option<Shares> {
+        self.window.as_ref()?.shares
+    }
+
+    /// No sample has been taken.
+    pub fn is_new(&self) -> bool {
+        self.last_moved.is_none()
+    }
+
+    /// Bytes have moved since the last sample.
+    pub fn has_moved(&self, connection: &Connection) -> bool {
+        self.last_moved.is_none_or(|moved| moved.bytes() != connection.bytes())
+    }
+
+    /// For how long nothing has moved; 0 until the first sample.
+    pub fn idle_s(&self, now: Instant) -> f64 {
+        self.last_moved.map_or(0.0, |moved| (now - moved.at).as_secs_f64())
+    }
+}
+
+impl Moved {
+    fn bytes(&self) -> u64 {
+        self.to_consumer + self.to_producer
+    }
+}
+
+impl Window {
+    fn from(first: Sample) -> Window {
+        Window {
+            first,
+            later: VecDeque::new(),
+            to_consumer_bits_per_s: 0.0,
+            to_producer_bits_per_s: 0.0,
+            shares: None,
+        }
+    }
+
+    /// Moves on to a sample. False: nothing has moved in all of it, and that because nothing came.
+    fn add(&mut self, new: Sample, is_producer_side: bool) -> bool {
         while let Some(second) = self.later.front()
             && new.at - second.at >= WINDOW
         {
-            old = *second;
+            self.first = *second;
             self.later.pop_front();
         }
+        let old = self.first;
         if self.later.is_empty() && new.is_silent_since(&old) {
-            let window_ago = new.a_window_ago();
-            self.first = Some(if old.at < window_ago.at { window_ago } else { old });
-            self.later = VecDeque::new();
-        } else {
-            self.first = Some(old);
-            self.later.push_back(new);
+            return false;
         }
+        self.later.push_back(new);
         let elapsed_s = (new.at - old.at).as_secs_f64();
         if elapsed_s <= 0.0 {
-            return;
+            return true;
         }
         self.to_consumer_bits_per_s = (new.to_consumer - old.to_consumer) as f64 * 8.0 / elapsed_s;
         self.to_producer_bits_per_s = (new.to_producer - old.to_producer) as f64 * 8.0 / elapsed_s;
         let to_consumer = self.to_consumer_bits_per_s >= self.to_producer_bits_per_s;
-        let sends_on_wan = to_consumer == connection.is_producer_side();
+        let sends_on_wan = to_consumer == is_producer_side;
         let (before, after) = if sends_on_wan { (&old.wan, &new.wan) } else { (&old.lan, &new.lan) };
         let (waited_before, waited) = if to_consumer {
             (old.waited_to_consumer, new.waited_to_consumer)
@@ -193,21 +267,7 @@ impl Gauge {
             receiver,
             relay: 1.0 - starved - full,
         });
-    }
-
-    /// No sample has been taken.
-    pub fn is_new(&self) -> bool {
-        self.last_moved.is_none()
-    }
-
-    /// Bytes have moved since the last sample.
-    pub fn has_moved(&self, connection: &Connection) -> bool {
-        self.last_moved.is_none_or(|(_, bytes)| bytes != connection.bytes())
-    }
-
-    /// For how long nothing has moved; 0 until the first sample.
-    pub fn idle_s(&self, now: Instant) -> f64 {
-        self.last_moved.map_or(0.0, |(at, _)| (now - at).as_secs_f64())
+        true
     }
 }
 
@@ -289,4 +349,36 @@ pub fn leg(socket: &TcpStream, age_s: f64) -> Value {
         "notsent_bytes": info.notsent_bytes,
         "congestion_control": rustix::net::sockopt::tcp_congestion(socket).ok(),
     })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn one_that_falls_silent_keeps_no_samples_and_speaks_again_at_the_rate_of_one_window() {
+        let source = std::net::SocketAddr::from(([127, 0, 0, 1], 1));
+        let connection = Connection::new(1, 0, source, Role::Prod);
+        let (mut gauge, begin) = (Gauge::default(), Instant::now() + WINDOW);
+        let seen = Seen::of(&TcpInfo::default());
+        let mut look = |at_s: f64, to_consumer: u64, waited_s: f64| {
+            let waited = Waited { source_ns: (waited_s * 1e9) as u64, destination_ns: 0 };
+            let sample = Sample {
+                at: begin + Duration::from_secs_f64(at_s),
+                to_consumer,
+                to_producer: 0,
+                waited_to_consumer: waited,
+                waited_to_producer: waited,
+                lan: seen,
+                wan: seen,
+            };
+            gauge.add(&connection, sample);
+            (gauge.window.is_some(), gauge.bits_per_s().0)
+        };
+        assert_eq!(look(0.0, 1000, 0.0), (false, 0.0), "most say something to begin with, and no more");
+        assert_eq!(look(0.25, 2000, 0.0), (true, 0.0));
+        assert_eq!(look(0.5, 127_000, 0.0), (true, 4e6));
+        assert_eq!(look(1.75, 127_000, 1.25), (false, 0.0));
+        assert_eq!(look(100.0, 252_000, 99.5), (true, 1e6));
+    }
 }

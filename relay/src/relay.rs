@@ -902,10 +902,11 @@ impl Relay {
             let Some(legs) = connection.legs() else { continue };
             active += 1;
             let gauge = lock(&connection.gauge);
-            rates.0 += gauge.to_consumer_bits_per_s;
-            rates.1 += gauge.to_producer_bits_per_s;
-            if let Some(shares) = gauge.shares {
-                gauges.push((gauge.to_consumer_bits_per_s + gauge.to_producer_bits_per_s, shares));
+            let (to_consumer, to_producer) = gauge.bits_per_s();
+            rates.0 += to_consumer;
+            rates.1 += to_producer;
+            if let Some(shares) = gauge.shares() {
+                gauges.push((to_consumer + to_producer, shares));
             }
             let age_s = connection.opened.elapsed().as_secs_f64();
             let mut stream = connection.describe();
@@ -914,7 +915,7 @@ impl Relay {
             }
             stream["age_s"] = json!(age_s);
             stream["half_closed"] = json!(connection.half_closed_for().is_some());
-            stream["bits_per_s"] = json!({"to_consumer": gauge.to_consumer_bits_per_s, "to_producer": gauge.to_producer_bits_per_s});
+            stream["bits_per_s"] = json!({"to_consumer": to_consumer, "to_producer": to_producer});
             stream["legs"] =
                 json!({"lan": gauge::leg(&legs.lan, age_s), "wan": gauge::leg(&legs.wan, age_s)});
             streams.push(stream);

@@ -72,7 +72,7 @@ fn look_at(relay: &Relay, connection: &Connection, now: Instant) {
     let mut gauge = lock(&connection.gauge);
     if gauge.idle_s(now) < SETTLED_S || gauge.has_moved(connection) || connection.has_pause() {
         let is_new = gauge.is_new();
-        for (leg, socket, info) in gauge.sample(now, connection, &legs) {
+        for (leg, socket, info) in gauge.sample(connection, &legs) {
             if is_new {
                 relay.congestion.settle(socket, &info);
                 // The one that was accepted has it already.
