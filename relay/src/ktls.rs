@@ -140,7 +140,6 @@ pub fn hand_over(
         return Ok(Handed::Back(Box::new(session), Unable::new("TCP_ULP", error).text));
     }
     let at_wan = |error: io::Error| LegError::new(Leg::Wan, &error);
-    let limit = session.records_per_key();
     let (secrets, keys) = session.into_keys().map_err(|error| LegError::tls(&error))?;
     let written_bytes = written_for_certain(wan).map_err(at_wan)?;
     let (first_record, sending) = secrets.tx;
@@ -150,7 +149,7 @@ pub fn hand_over(
     give_key(wan, TcpTlsRx, &receiving, next_received).map_err(at_wan)?;
     Ok(Handed::ToKernel(Box::new(KernelSession {
         cipher,
-        limit,
+        limit: keys.records_per_key(),
         keys: Mutex::new(keys),
         sent: Mutex::new(Sent { before_bytes: written_bytes, first_record, ..Sent::default() }),
         late_error: Mutex::new(None),

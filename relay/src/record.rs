@@ -65,7 +65,7 @@ struct Key {
     /// Zeroed when it is dropped.
     secrets: ConnectionTrafficSecrets,
     /// The key as the cipher wants it, ten times as large; made when it is needed.
-    aead: Option<LessSafeKey>,
+    aead: Option<Box<LessSafeKey>>,
     next_record: u64,
 }
 
@@ -92,9 +92,10 @@ impl Key {
             *byte ^= secret;
         }
         if self.aead.is_none() {
-            let unbound = UnboundKey::new(algorithm, key.as_ref());
+            // Of a shorter key the library keeps more bytes than there are.
+            let unbound = UnboundKey::new(algorithm, &key.as_ref()[..algorithm.key_len()]);
             let unbound = unbound.map_err(|_| Error::General("a key that is none".into()))?;
-            self.aead = Some(LessSafeKey::new(unbound));
+            self.aead = Some(Box::new(LessSafeKey::new(unbound)));
         }
         let aead = self.aead.as_ref().ok_or(Error::EncryptError)?;
         Ok((aead, Nonce::assume_unique_for_key(nonce)))
@@ -154,13 +155,13 @@ fn first_message(bytes: &[u8]) -> Option<(u8, &[u8], &[u8])> {
     Some((*kind, body, behind))
 }
 
-/// Both directions of an open session.
+/// Both directions of an open session. In boxes, because small pieces of memory fit between the large ones that sockets and
+/// tasks have at rounded addresses.
 pub struct Records {
-    sending: Key,
-    receiving: Key,
-    keys: Keys,
-    /// How many records one key may make (RFC 8446, 5.5).
-    limit: u64,
+    sending: Box<Key>,
+    receiving: Box<Key>,
+    keys: Box<Keys>,
+    is_client: bool,
     /// The peer wants a new key from us.
     key_wanted: bool,
     new_keys_in_a_row: u8,
@@ -169,13 +170,13 @@ pub struct Records {
 impl Records {
     /// Goes on where `session` stands: with its next record, either way.
     pub fn of(session: Session) -> Result<Records, Error> {
-        let limit = session.records_per_key();
+        let is_client = session.is_client();
         let (secrets, keys) = session.into_keys()?;
         Ok(Records {
-            sending: Key::new(secrets.tx.1, secrets.tx.0),
-            receiving: Key::new(secrets.rx.1, secrets.rx.0),
-            keys,
-            limit,
+            sending: Box::new(Key::new(secrets.tx.1, secrets.tx.0)),
+            receiving: Box::new(Key::new(secrets.rx.1, secrets.rx.0)),
+            keys: Box::new(keys),
+            is_client,
             key_wanted: false,
             new_keys_in_a_row: 0,
         })
@@ -218,7 +219,7 @@ impl Records {
     fn obey(&mut self, mut messages: &[u8]) -> Result<(), Fault> {
         while let Some((kind, message, behind)) = first_message(messages) {
             match (kind, message) {
-                (NEW_SESSION_TICKET, _) if self.keys.is_client() => {}
+                (NEW_SESSION_TICKET, _) if self.is_client => {}
                 (KEY_UPDATE, [0 | 1]) if behind.is_empty() => self.take_new_key(message == [1])?,
                 // RFC 8446, 4.6.3.
                 (KEY_UPDATE, [_]) if behind.is_empty() => {
@@ -244,7 +245,7 @@ impl Records {
             return Err(fault(AlertDescription::UnexpectedMessage, PeerMisbehaved::TooManyKeyUpdateRequests));
         }
         let next = self.keys.next_to_receive();
-        self.receiving = Key::new(next.map_err(|error| fault(AlertDescription::InternalError, error))?, 0);
+        *self.receiving = Key::new(next.map_err(|error| fault(AlertDescription::InternalError, error))?, 0);
         self.key_wanted |= wants_one;
         Ok(())
     }
@@ -256,10 +257,10 @@ impl Records {
         let records = length.div_ceil(LONGEST_CONTENT_BYTES);
         let made = self.sending.next_record + records as u64;
         let mut from = front.len();
-        if self.key_wanted || made > self.limit.saturating_sub(KEPT_RECORDS) {
+        if self.key_wanted || made > self.keys.records_per_key().saturating_sub(KEPT_RECORDS) {
             front[HEADER_BYTES..][..NEW_KEY.len()].copy_from_slice(&NEW_KEY);
             self.seal(HANDSHAKE, front)?;
-            self.sending = Key::new(self.keys.next_to_send()?, 0);
+            *self.sending = Key::new(self.keys.next_to_send()?, 0);
             self.key_wanted = false;
             from = 0;
         }
@@ -297,29 +298,14 @@ pub fn slots(buffer: &mut [u8]) -> [IoSliceMut<'_>; SLOTS] {
 
 #[cfg(test)]
 pub mod tests {
-    use std::sync::{Arc, RwLock};
-
     use super::*;
-    use crate::key::{Ciphers, Identity};
+    use crate::key::Ciphers;
+    use crate::tls;
 
     /// Both ends of a session: the side that has connected, and the other.
     pub fn pair(ciphers: Ciphers) -> (Records, Records) {
-        let (prod, cons) = (Identity::generate(ciphers).unwrap(), Identity::generate(ciphers).unwrap());
-        let admitted = Arc::new(RwLock::new(vec![cons.public]));
-        let mut server = Session::server(prod.server(admitted).unwrap()).unwrap();
-        let mut client = Session::client(cons.client(prod.public).unwrap()).unwrap();
-        assert_eq!(client.receive(&mut []).unwrap(), 0);
-        while !(client.is_empty() && server.is_empty()) {
-            pass_on(&mut client, &mut server);
-            pass_on(&mut server, &mut client);
-        }
+        let (client, server) = tls::tests::pair(ciphers);
         (Records::of(client).unwrap(), Records::of(server).unwrap())
-    }
-
-    fn pass_on(from: &mut Session, to: &mut Session) {
-        let mut said = from.outgoing.pending().to_vec();
-        from.outgoing.sent(said.len());
-        assert_eq!(to.receive(&mut said).unwrap(), said.len());
     }
 
     fn both() -> (Records, Records) {
@@ -497,7 +483,7 @@ pub mod tests {
         let (mut client, mut server) = both();
         for _ in 0..3 {
             let mut question = record(&mut client, HANDSHAKE, &[KEY_UPDATE, 0, 0, 1, 1]);
-            client.sending = Key::new(client.keys.next_to_send().unwrap(), 0);
+            *client.sending = Key::new(client.keys.next_to_send().unwrap(), 0);
             assert_eq!(server.open(&mut question).unwrap(), Content::Nothing);
         }
         assert_eq!(opened(&mut server, sealed(&mut client, b"word")), (b"word".to_vec(), 1));
@@ -511,7 +497,7 @@ pub mod tests {
         let (mut client, mut server) = both();
         for number in 0..=MOST_NEW_KEYS_IN_A_ROW {
             let mut new_key = record(&mut client, HANDSHAKE, &NEW_KEY);
-            client.sending = Key::new(client.keys.next_to_send().unwrap(), 0);
+            *client.sending = Key::new(client.keys.next_to_send().unwrap(), 0);
             let answer = server.open(&mut new_key);
             if number < MOST_NEW_KEYS_IN_A_ROW {
                 assert_eq!(answer.unwrap(), Content::Nothing);

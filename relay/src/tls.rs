@@ -1,20 +1,22 @@
 //! A TLS 1.3 session over a socket that somebody else reads and writes: rustls' unbuffered interface, because the modes need
 //! to know exactly which bytes have left the kernel.
 
-use std::io;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex};
+use std::{fmt, io};
 
-use rustls::client::{ClientConnectionData, UnbufferedClientConnection};
-use rustls::kernel::KernelConnection;
+use rustls::client::UnbufferedClientConnection;
+use rustls::crypto::cipher::{AeadKey, Iv, NONCE_LEN};
+use rustls::crypto::tls13::{OkmBlock, expand};
 use rustls::pki_types::ServerName;
-use rustls::server::{ServerConnectionData, UnbufferedServerConnection};
+use rustls::server::UnbufferedServerConnection;
 use rustls::unbuffered::{ConnectionState, EncodeError, EncryptError, UnbufferedStatus};
 use rustls::{
-    ClientConfig, ConnectionTrafficSecrets, ExtractedSecrets, HandshakeKind, ServerConfig,
-    SupportedCipherSuite,
+    ClientConfig, ConnectionTrafficSecrets, ExtractedSecrets, HandshakeKind, KeyLog, ServerConfig,
+    SupportedCipherSuite, Tls13CipherSuite,
 };
 use tokio::net::TcpStream;
 
+use crate::connection::lock;
 use crate::key::PublicKey;
 use crate::socket::{read, write_all};
 
@@ -28,6 +30,9 @@ const ALERT_BYTES: usize = 2;
 const LEAST_OVERHEAD_BYTES: usize = 1 + 16;
 /// Until PROD has the Finished of CONS it says nothing but its own flight, so all that there is belongs to it.
 pub const WHOLE_FLIGHT_BYTES: usize = 4096;
+/// The labels of a key log that the secrets of the first keys have.
+const CLIENT_SECRET: &str = "CLIENT_TRAFFIC_SECRET_0";
+const SERVER_SECRET: &str = "SERVER_TRAFFIC_SECRET_0";
 
 enum Side {
     Client(Box<UnbufferedClientConnection>),
@@ -52,35 +57,73 @@ pub struct Session {
     pub plain: Vec<u8>,
     /// The peer's close_notify was received: it ended its direction in order.
     pub peer_closed: bool,
+    secrets: Arc<Secrets>,
 }
 
-/// What is left of a session whose keys are somebody else's: it makes the next ones.
-pub enum Keys {
-    Client(Box<KernelConnection<ClientConnectionData>>),
-    Server(Box<KernelConnection<ServerConnectionData>>),
+/// What is left of a session whose keys are somebody else's: it makes the next ones. The library's own would take as much
+/// memory again as everything else of an idle connection.
+pub struct Keys {
+    suite: &'static Tls13CipherSuite,
+    sending: OkmBlock,
+    receiving: OkmBlock,
 }
 
 impl Keys {
-    pub fn is_client(&self) -> bool {
-        matches!(self, Keys::Client(_))
+    /// How many records one key may make (RFC 8446, 5.5).
+    pub fn records_per_key(&self) -> u64 {
+        self.suite.common.confidentiality_limit
     }
 
     /// The key to send with after a KeyUpdate has been sent; its records count from 0.
     pub fn next_to_send(&mut self) -> Result<ConnectionTrafficSecrets, rustls::Error> {
-        let (_, secrets) = match self {
-            Keys::Client(connection) => connection.update_tx_secret()?,
-            Keys::Server(connection) => connection.update_tx_secret()?,
-        };
-        Ok(secrets)
+        next_key(self.suite, &mut self.sending)
     }
 
     /// The key to receive with after a KeyUpdate has been received; its records count from 0.
     pub fn next_to_receive(&mut self) -> Result<ConnectionTrafficSecrets, rustls::Error> {
-        let (_, secrets) = match self {
-            Keys::Client(connection) => connection.update_rx_secret()?,
-            Keys::Server(connection) => connection.update_rx_secret()?,
-        };
-        Ok(secrets)
+        next_key(self.suite, &mut self.receiving)
+    }
+}
+
+/// Puts the next traffic secret in place of one, and makes its key (RFC 8446, 7.2 and 7.3).
+fn next_key(
+    suite: &Tls13CipherSuite,
+    secret: &mut OkmBlock,
+) -> Result<ConnectionTrafficSecrets, rustls::Error> {
+    let expander = suite.hkdf_provider.expander_for_okm(secret);
+    *secret = expand_label(b"traffic upd", expander.hash_len(), |info| expander.expand_block(info));
+    let expander = suite.hkdf_provider.expander_for_okm(secret);
+    // Of a shorter key the first bytes are the same.
+    let key: AeadKey = expand_label(b"key", suite.aead_alg.key_len(), |info| expand(&*expander, info));
+    let iv: Iv = expand_label(b"iv", NONCE_LEN, |info| expand(&*expander, info));
+    suite.aead_alg.extract_keys(key, iv).map_err(|error| rustls::Error::General(error.to_string()))
+}
+
+/// HKDF-Expand-Label without a context (RFC 8446, 7.1).
+fn expand_label<T>(label: &[u8], length: usize, expand: impl FnOnce(&[&[u8]]) -> T) -> T {
+    const PREFIX: &[u8] = b"tls13 ";
+    expand(&[&(length as u16).to_be_bytes(), &[(PREFIX.len() + label.len()) as u8], PREFIX, label, &[0]])
+}
+
+/// The secrets that the first keys of a session come from, each direction's, as the library says them to whoever logs keys.
+#[derive(Default)]
+struct Secrets(Mutex<(Option<OkmBlock>, Option<OkmBlock>)>);
+
+impl fmt::Debug for Secrets {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("Secrets")
+    }
+}
+
+impl KeyLog for Secrets {
+    fn will_log(&self, label: &str) -> bool {
+        [CLIENT_SECRET, SERVER_SECRET].contains(&label)
+    }
+
+    fn log(&self, label: &str, _client_random: &[u8], secret: &[u8]) {
+        let mut secrets = lock(&self.0);
+        let of_its_side = if label == CLIENT_SECRET { &mut secrets.0 } else { &mut secrets.1 };
+        *of_its_side = Some(OkmBlock::new(secret));
     }
 }
 
@@ -140,18 +183,22 @@ impl From<rustls::Error> for HandshakeError {
 }
 
 impl Session {
-    pub fn client(config: Arc<ClientConfig>) -> Result<Session, rustls::Error> {
+    pub fn client(mut config: Arc<ClientConfig>) -> Result<Session, rustls::Error> {
         // The name is not used for anything: the pin is.
         let name =
             ServerName::try_from("s2ds.invalid").map_err(|_| rustls::Error::General("server name".into()))?;
-        Ok(Session::new(Side::Client(Box::new(UnbufferedClientConnection::new(config, name)?))))
+        let secrets = Arc::new(Secrets::default());
+        Arc::make_mut(&mut config).key_log = secrets.clone();
+        Ok(Session::new(Side::Client(Box::new(UnbufferedClientConnection::new(config, name)?)), secrets))
     }
 
-    pub fn server(config: Arc<ServerConfig>) -> Result<Session, rustls::Error> {
-        Ok(Session::new(Side::Server(Box::new(UnbufferedServerConnection::new(config)?))))
+    pub fn server(mut config: Arc<ServerConfig>) -> Result<Session, rustls::Error> {
+        let secrets = Arc::new(Secrets::default());
+        Arc::make_mut(&mut config).key_log = secrets.clone();
+        Ok(Session::new(Side::Server(Box::new(UnbufferedServerConnection::new(config)?)), secrets))
     }
 
-    fn new(side: Side) -> Session {
+    fn new(side: Side, secrets: Arc<Secrets>) -> Session {
         Session {
             side,
             standing: Standing::Handshaking,
@@ -160,6 +207,7 @@ impl Session {
             outgoing: Outbox::default(),
             plain: Vec::new(),
             peer_closed: false,
+            secrets,
         }
     }
 
@@ -188,11 +236,6 @@ impl Session {
         }
     }
 
-    /// How many records one key may make.
-    pub fn records_per_key(&self) -> u64 {
-        self.suite().and_then(|suite| suite.tls13()).map_or(0, |suite| suite.common.confidentiality_limit)
-    }
-
     /// Everything that has left the kernel was taken from here, and everything for the peer was written.
     pub fn is_empty(&self) -> bool {
         self.standing == Standing::Open
@@ -202,21 +245,25 @@ impl Session {
             && self.outgoing.is_empty()
     }
 
+    pub fn is_client(&self) -> bool {
+        matches!(self.side, Side::Client(_))
+    }
+
     /// The keys with the numbers of the next records, for somebody else to go on with.
     pub fn into_keys(self) -> Result<(ExtractedSecrets, Keys), rustls::Error> {
         if !self.incoming.is_empty() {
             return Err(rustls::Error::General("the peer has spoken before its turn".into()));
         }
-        match self.side {
-            Side::Client(connection) => {
-                let (secrets, keys) = connection.dangerous_into_kernel_connection()?;
-                Ok((secrets, Keys::Client(Box::new(keys))))
-            }
-            Side::Server(connection) => {
-                let (secrets, keys) = connection.dangerous_into_kernel_connection()?;
-                Ok((secrets, Keys::Server(Box::new(keys))))
-            }
-        }
+        let incomplete = rustls::Error::HandshakeNotComplete;
+        let suite = self.suite().and_then(|suite| suite.tls13()).ok_or(incomplete.clone())?;
+        let (Some(client), Some(server)) = std::mem::take(&mut *lock(&self.secrets.0)) else {
+            return Err(incomplete);
+        };
+        let (sending, receiving, secrets) = match self.side {
+            Side::Client(connection) => (client, server, connection.dangerous_into_kernel_connection()?.0),
+            Side::Server(connection) => (server, client, connection.dangerous_into_kernel_connection()?.0),
+        };
+        Ok((secrets, Keys { suite, sending, receiving }))
     }
 
     /// Processes every whole record in `incoming` and says how many bytes at its front are done with. Plaintext goes to
@@ -501,4 +548,59 @@ fn length_of_first(bytes: &[u8]) -> Result<Option<usize>, rustls::Error> {
         return Err(rustls::Error::InvalidMessage(rustls::InvalidMessage::InvalidContentType));
     }
     Ok(Some(HEADER_BYTES + length))
+}
+
+#[cfg(test)]
+pub mod tests {
+    use std::sync::RwLock;
+
+    use super::*;
+    use crate::key::{Ciphers, Identity};
+
+    /// Both ends of an open session: the side that has connected, and the other.
+    pub fn pair(ciphers: Ciphers) -> (Session, Session) {
+        let (prod, cons) = (Identity::generate(ciphers).unwrap(), Identity::generate(ciphers).unwrap());
+        let admitted = Arc::new(RwLock::new(vec![cons.public]));
+        let mut server = Session::server(prod.server(admitted).unwrap()).unwrap();
+        let mut client = Session::client(cons.client(prod.public).unwrap()).unwrap();
+        assert_eq!(client.receive(&mut []).unwrap(), 0);
+        while !(client.is_empty() && server.is_empty()) {
+            pass_on(&mut client, &mut server);
+            pass_on(&mut server, &mut client);
+        }
+        (client, server)
+    }
+
+    fn pass_on(from: &mut Session, to: &mut Session) {
+        let mut said = from.outgoing.pending().to_vec();
+        from.outgoing.sent(said.len());
+        assert_eq!(to.receive(&mut said).unwrap(), said.len());
+    }
+
+    fn bytes(secrets: ConnectionTrafficSecrets) -> (Vec<u8>, Vec<u8>) {
+        match secrets {
+            ConnectionTrafficSecrets::Aes256Gcm { key, iv }
+            | ConnectionTrafficSecrets::Chacha20Poly1305 { key, iv } => {
+                (key.as_ref().to_vec(), iv.as_ref().to_vec())
+            }
+            _ => panic!("another cipher"),
+        }
+    }
+
+    #[test]
+    fn the_next_keys_are_those_that_the_library_makes() {
+        for chacha_first in [false, true] {
+            let (client, server) = pair(Ciphers { chacha_first, ..Ciphers::default() });
+            let mut ours = client.into_keys().unwrap().1;
+            let Side::Server(server) = server.side else { panic!("no server") };
+            let mut theirs = server.dangerous_into_kernel_connection().unwrap().1;
+            for _ in 0..3 {
+                assert_eq!(bytes(ours.next_to_send().unwrap()), bytes(theirs.update_rx_secret().unwrap().1));
+                assert_eq!(
+                    bytes(ours.next_to_receive().unwrap()),
+                    bytes(theirs.update_tx_secret().unwrap().1)
+                );
+            }
+        }
+    }
 }
