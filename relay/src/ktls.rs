@@ -208,7 +208,7 @@ impl KernelSession {
     /// What comes next is not data, or splice cannot take it.
     fn take_record(&self, wan: &TcpStream, flow: &Flow) -> Result<Load, LegError> {
         let mut buffer = take_buffer();
-        let received = wan.try_io(Interest::READABLE, || receive(wan, &mut buffer));
+        let received = try_io(wan, || receive(wan, &mut buffer));
         let loaded = match received {
             Ok((Content::Data, length)) => {
                 if !flow.has_moved() {
@@ -265,9 +265,20 @@ impl KernelSession {
     }
 }
 
+/// Reads when there is something, and also when there is nothing but an error to be heard.
+fn try_io<T>(wan: &TcpStream, mut read: impl FnMut() -> io::Result<T>) -> io::Result<T> {
+    match wan.try_io(Interest::READABLE, &mut read) {
+        // Not both in one: the library calls nothing for an interest that is made of two.
+        Err(error) if error.kind() == io::ErrorKind::WouldBlock => wan.try_io(Interest::ERROR, read),
+        answer => answer,
+    }
+}
+
 impl Wire for KernelSession {
     const SPLICED: Path = Path::KtlsSplice;
     const COPIED: Path = Path::KtlsCopy;
+    /// A record that is none the kernel may find as it comes in: then the socket has failed, and nothing is to be read.
+    const HAS_COME: Interest = Interest::READABLE.add(Interest::ERROR);
 
     fn load(&self, wan: &TcpStream, flow: &Flow) -> Result<Load, LegError> {
         if let Some(error) = lock(&self.late_error).take() {
@@ -276,7 +287,7 @@ impl Wire for KernelSession {
         let Some(pipe) = flow.may_splice().then(take_pipe).flatten() else {
             return self.take_record(wan, flow);
         };
-        match wan.try_io(Interest::READABLE, || splice_in(wan, &pipe)) {
+        match try_io(wan, || splice_in(wan, &pipe)) {
             Ok(0) => {
                 give_pipe(pipe);
                 Err(cut_off())

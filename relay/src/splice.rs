@@ -42,6 +42,8 @@ pub enum Load {
 pub trait Wire: Sync {
     const SPLICED: Path;
     const COPIED: Path;
+    /// What says that the WAN may have something. Clear text fails with an end or a reset, and both can be read.
+    const HAS_COME: Interest = Interest::READABLE;
 
     /// Takes what the WAN has.
     fn load(&self, wan: &TcpStream, flow: &Flow) -> Result<Load, LegError>;
@@ -131,10 +133,14 @@ fn one_way<'a, W: Wire>(ways: &'a Ways<'a, W>, from: Leg) -> impl Future<Output 
         loop {
             {
                 let _waiting = ways.flow(from).waits(Wait::Source);
-                // Nobody else waits for this socket to be readable; `readable()` would take memory for that, of every idle
-                // connection.
-                let readable = poll_fn(|context| ways.legs[from].poll_read_ready(context)).await;
-                readable.map_err(|error| LegError::new(from, &error))?;
+                let has_come = if from == Leg::Wan && W::HAS_COME != Interest::READABLE {
+                    Box::pin(ways.legs[from].ready(W::HAS_COME)).await.map(drop)
+                } else {
+                    // Nobody else waits for this socket to be readable; `ready()` would take memory for that, of every idle
+                    // connection.
+                    poll_fn(|context| ways.legs[from].poll_read_ready(context)).await
+                };
+                has_come.map_err(|error| LegError::new(from, &error))?;
             }
             let (mut cargo, mut left) = match ways.load(from)? {
                 Load::Cargo(cargo, length) => (cargo, length),
