@@ -79,7 +79,7 @@ async fn call(
     })?;
     // PROD may need its own connect time-out before it can answer.
     let timeout = relay.handshake_timeout() + relay.connect_timeout();
-    let conversation = async {
+    let conversation = async move {
         let mut session = None;
         if relay.config.mode != Mode::None {
             let caller = relay.caller(dial.public_key)?;
@@ -87,7 +87,9 @@ async fn call(
             let mut client = Box::new(client);
             client.handshake(&stream, WHOLE_FLIGHT_BYTES).await?;
             if resumes && !client.is_resumed() {
-                // PROD has given the ticket up, and what is left is a handshake that later computers can read.
+                // PROD has given the ticket up, and what is left is a handshake that later computers can read. Its place is given
+                // back before another one is taken.
+                drop(stream);
                 stream = dialled().await?;
                 client = Box::new(caller.session_anew()?);
                 client.handshake(&stream, WHOLE_FLIGHT_BYTES).await?;
@@ -128,9 +130,9 @@ async fn call(
             let _ = shutdown_write(&stream);
             close_in_order(&stream);
         }
-        Ok::<_, HandshakeError>((answer, session))
+        Ok::<_, HandshakeError>((answer, stream, session))
     };
-    let (answer, session) = match tokio::time::timeout(timeout, conversation).await {
+    let (answer, stream, session) = match tokio::time::timeout(timeout, conversation).await {
         Ok(Ok(answered)) => answered,
         // PROD closes on us while it has no peers: it is not ready, or it is no relay.
         Ok(Err(HandshakeError::Io(error))) => return Err(failed("not-ready", Some(errno::of(&error)))),

@@ -4,7 +4,7 @@ import socket
 import struct
 from dataclasses import dataclass
 
-from .apps import Applications, Payload, Tap, receive_exactly
+from .apps import Applications, Payload, Tap, nobody_waits, receive_exactly, receive_until_broken
 from .gateway import Gateway, Relay, eventually, join
 
 CLIENT_HELLO, SERVER_HELLO = 1, 2
@@ -188,3 +188,48 @@ def test_who_finds_its_ticket_forgotten_dials_anew_before_it_says_a_word(
     assert len(tap.legs) == leg + 2
     carry(apps, server, pair.cons)
     assert has_resumed(tap, -1)
+
+
+def test_who_dials_anew_has_hung_up_before(gateway: Gateway, apps: Applications) -> None:
+    """It holds one place in front of PROD, not two: there may be no other one."""
+    server = apps.listen()
+    pair = gateway.pair("tls", [server.getsockname()], cons={"connect_timeout_s": 120})
+    front = apps.listen(backlog=0)
+    address = join(front.getsockname())
+    pair.cons.update(peers=[gateway.peer_of(pair.prod, [{"index": 0, "address": address}])])
+    near = apps.accept(front)
+    hello = near.recv(1 << 16)
+    assert Hello.read(CLIENT_HELLO, hello).has_ticket()
+    for _ in range(2):  # the first has spent it
+        far = apps.dial(pair.prod.address())
+        far.sendall(hello)
+        flight = far.recv(1 << 16)
+    assert not Hello.read(SERVER_HELLO, flight).has_ticket()
+    apps.dial(front.getsockname())  # now the kernel lets nobody in
+    near.sendall(flight)
+    assert receive_until_broken(near) == (b"", "ConnectionResetError")
+
+
+def test_a_peer_that_is_revoked_in_the_middle_of_its_handshake_does_not_come_in(
+    gateway: Gateway, apps: Applications, tap: Tap
+) -> None:
+    """PROD has taken the ticket already; nothing that the peer says after that is heard."""
+    server = apps.listen()
+    pair = gateway.pair("tls", [server.getsockname()], via=tap)
+    carry(apps, server, pair.cons)
+    pair.wait_closed(1)
+
+    def revoke(first: bytes) -> None:
+        if first[5] == SERVER_HELLO and Hello.read(SERVER_HELLO, first).has_ticket():
+            pair.prod.update(peers=[{"public_key": pair.prod.public_key, "source_addresses": ["127.0.0.1"]}])
+
+    tap.begins = revoke
+    assert apps.knock(pair.cons.address()) == (b"", "ConnectionResetError")
+    assert has_resumed(tap, -1)
+    eventually(lambda: [close["reason"] for close in pair.cons.events("close")] == ["closed", "denied"])
+    assert nobody_waits(server)
+    # The ticket that it was given with that answer is worth nothing either.
+    assert apps.knock(pair.cons.address()) == (b"", "ConnectionResetError")
+    assert offered(tap, -2).has_ticket()
+    assert not has_resumed(tap, -2)
+    assert nobody_waits(server)
