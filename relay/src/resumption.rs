@@ -23,8 +23,10 @@ const RESUMES_FOR: Duration = Duration::from_secs(300);
 const HONOURS_FOR: Duration = Duration::from_secs(600);
 /// As many connections as begin at the same time; more would wait for others in vain.
 const MOST_KEPT: usize = 64;
-/// Those of a few CONS relays, and what they have dropped since. What is found missing costs a connection's begin anew.
-const MOST_ISSUED: usize = 256;
+/// What one CONS relay keeps, what is on its way to it and what it has dropped since. What is found missing costs a
+/// connection's begin anew, so no peer's tickets make room for another's as long as there is any.
+const MOST_ISSUED_TO_ONE: usize = 128;
+const MOST_ISSUED: usize = 1024;
 
 /// How a CONS relay calls one PROD relay.
 pub struct Caller {
@@ -175,6 +177,7 @@ struct Issued {
 
 struct Resumable {
     since: Instant,
+    owner: Option<PublicKey>,
     ticket: Vec<u8>,
     secrets: Vec<u8>,
 }
@@ -192,9 +195,13 @@ impl Issued {
     /// is no peer's, nobody resumes.
     fn is_a_peers(&self, secrets: &[u8]) -> bool {
         let admitted = self.admitted.read().unwrap_or_else(|poisoned| poisoned.into_inner());
-        let mut keys = secrets.windows(SPKI_BYTES).filter_map(PublicKey::from_spki).peekable();
+        let mut keys = keys_in(secrets).peekable();
         keys.peek().is_some() && keys.all(|key| admitted.contains(&key))
     }
+}
+
+fn keys_in(secrets: &[u8]) -> impl Iterator<Item = PublicKey> {
+    secrets.windows(SPKI_BYTES).filter_map(PublicKey::from_spki)
 }
 
 impl fmt::Debug for Issued {
@@ -205,11 +212,16 @@ impl fmt::Debug for Issued {
 
 impl StoresServerSessions for Issued {
     fn put(&self, ticket: Vec<u8>, secrets: Vec<u8>) -> bool {
+        let owner = keys_in(&secrets).next();
         let mut sessions = self.sessions();
-        if sessions.len() == MOST_ISSUED {
+        let mut places = (0..sessions.len()).filter(|place| sessions[*place].owner == owner);
+        let oldest = places.next();
+        if places.count() + 1 >= MOST_ISSUED_TO_ONE {
+            oldest.and_then(|place| sessions.remove(place));
+        } else if sessions.len() == MOST_ISSUED {
             sessions.pop_front();
         }
-        sessions.push_back(Resumable { since: Instant::now(), ticket, secrets });
+        sessions.push_back(Resumable { since: Instant::now(), owner, ticket, secrets });
         true
     }
 
@@ -265,15 +277,40 @@ mod tests {
     fn the_oldest_make_room_and_go_when_their_time_is_over() {
         let peer = key();
         let issued = issued(&[peer]);
-        for number in 0..=MOST_ISSUED {
+        for number in 0..=MOST_ISSUED_TO_ONE {
             issued.put(number.to_be_bytes().to_vec(), of(peer));
         }
-        assert_eq!(issued.sessions().len(), MOST_ISSUED);
+        assert_eq!(issued.sessions().len(), MOST_ISSUED_TO_ONE);
         assert_eq!(issued.take(&0_usize.to_be_bytes()), None);
         let before = Instant::now().checked_sub(HONOURS_FOR + Duration::from_secs(1)).unwrap();
         issued.sessions().iter_mut().take(9).for_each(|session| session.since = before);
         assert_eq!(issued.take(&9_usize.to_be_bytes()), None);
         assert_eq!(issued.take(&10_usize.to_be_bytes()), Some(of(peer)));
-        assert_eq!(issued.sessions().len(), MOST_ISSUED - 10);
+        assert_eq!(issued.sessions().len(), MOST_ISSUED_TO_ONE - 10);
+    }
+
+    #[test]
+    fn a_peer_with_many_takes_no_room_from_the_others() {
+        let peers: Vec<PublicKey> = (0..MOST_ISSUED / MOST_ISSUED_TO_ONE).map(|_| key()).collect();
+        let issued = issued(&peers);
+        for (number, peer) in peers.iter().enumerate() {
+            for turn in 0..MOST_ISSUED_TO_ONE {
+                issued.put([number.to_be_bytes(), turn.to_be_bytes()].concat(), of(*peer));
+            }
+        }
+        for number in 0..MOST_ISSUED {
+            issued.put(number.to_be_bytes().to_vec(), of(peers[0]));
+        }
+        assert_eq!(issued.sessions().len(), MOST_ISSUED);
+        for (number, peer) in peers.iter().enumerate().skip(1) {
+            let first = [number.to_be_bytes(), 0_usize.to_be_bytes()].concat();
+            assert_eq!(issued.take(&first), Some(of(*peer)));
+        }
+        // One more peer is one too many: the oldest of all make room.
+        let last = key();
+        for number in 0..MOST_ISSUED {
+            issued.put(number.to_be_bytes().to_vec(), of(last));
+        }
+        assert_eq!(issued.sessions().len(), MOST_ISSUED);
     }
 }
