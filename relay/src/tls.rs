@@ -30,6 +30,8 @@ const ALERT_BYTES: usize = 2;
 const LEAST_OVERHEAD_BYTES: usize = 1 + 16;
 /// Until PROD has the Finished of CONS it says nothing but its own flight, so all that there is belongs to it.
 pub const WHOLE_FLIGHT_BYTES: usize = 4096;
+/// Of keys, before the first byte of payload. Nobody has a reason for even one.
+const MOST_CHANGES: usize = 32;
 /// The labels of a key log that the secrets of the first keys have.
 const CLIENT_SECRET: &str = "CLIENT_TRAFFIC_SECRET_0";
 const SERVER_SECRET: &str = "SERVER_TRAFFIC_SECRET_0";
@@ -90,13 +92,44 @@ fn next_key(
     suite: &Tls13CipherSuite,
     secret: &mut OkmBlock,
 ) -> Result<ConnectionTrafficSecrets, rustls::Error> {
-    let expander = suite.hkdf_provider.expander_for_okm(secret);
-    *secret = expand_label(b"traffic upd", expander.hash_len(), |info| expander.expand_block(info));
+    *secret = next_secret(suite, secret);
     let expander = suite.hkdf_provider.expander_for_okm(secret);
     // Of a shorter key the first bytes are the same.
     let key: AeadKey = expand_label(b"key", suite.aead_alg.key_len(), |info| expand(&*expander, info));
-    let iv: Iv = expand_label(b"iv", NONCE_LEN, |info| expand(&*expander, info));
+    let iv = iv_of(suite, secret);
     suite.aead_alg.extract_keys(key, iv).map_err(|error| rustls::Error::General(error.to_string()))
+}
+
+fn next_secret(suite: &Tls13CipherSuite, secret: &OkmBlock) -> OkmBlock {
+    let expander = suite.hkdf_provider.expander_for_okm(secret);
+    expand_label(b"traffic upd", expander.hash_len(), |info| expander.expand_block(info))
+}
+
+fn iv_of(suite: &Tls13CipherSuite, secret: &OkmBlock) -> Iv {
+    let expander = suite.hkdf_provider.expander_for_okm(secret);
+    expand_label(b"iv", NONCE_LEN, |info| expand(&*expander, info))
+}
+
+/// The secret that a key in use comes from: the first one, or one after it if the peer has changed keys before its turn. With an
+/// older one the next key would be made twice, and count its records from 0 again.
+fn secret_of(
+    suite: &Tls13CipherSuite,
+    mut secret: OkmBlock,
+    in_use: &ConnectionTrafficSecrets,
+) -> Result<OkmBlock, rustls::Error> {
+    let (ConnectionTrafficSecrets::Aes128Gcm { iv, .. }
+    | ConnectionTrafficSecrets::Aes256Gcm { iv, .. }
+    | ConnectionTrafficSecrets::Chacha20Poly1305 { iv, .. }) = in_use
+    else {
+        return Err(rustls::Error::General("a cipher without a key to change".into()));
+    };
+    for _ in 0..=MOST_CHANGES {
+        if iv_of(suite, &secret).as_ref() == iv.as_ref() {
+            return Ok(secret);
+        }
+        secret = next_secret(suite, &secret);
+    }
+    Err(rustls::Error::General("the peer has changed its key too often before its turn".into()))
 }
 
 /// HKDF-Expand-Label without a context (RFC 8446, 7.1).
@@ -263,6 +296,9 @@ impl Session {
             Side::Client(connection) => (client, server, connection.dangerous_into_kernel_connection()?.0),
             Side::Server(connection) => (server, client, connection.dangerous_into_kernel_connection()?.0),
         };
+        let sending = secret_of(suite, sending, &secrets.tx.1)?;
+        let receiving = secret_of(suite, receiving, &secrets.rx.1)?;
+
         Ok((secrets, Keys { suite, sending, receiving }))
     }
 
@@ -587,10 +623,26 @@ pub mod tests {
         }
     }
 
+    /// The client changes its key, and asks the server to.
+    fn change_keys(client: &mut Session, server: &mut Session) {
+        let Side::Client(connection) = &mut client.side else { panic!("no client") };
+        match connection.process_tls_records(&mut []).state.unwrap() {
+            ConnectionState::WriteTraffic(traffic) => traffic.refresh_traffic_keys().unwrap(),
+            _ => panic!("no open session"),
+        }
+        client.send(b"it is no flood of changes").unwrap();
+        pass_on(client, server);
+        server.send(b"so it sends its own change").unwrap();
+        pass_on(server, client);
+    }
+
     #[test]
     fn the_next_keys_are_those_that_the_library_makes() {
-        for chacha_first in [false, true] {
-            let (client, server) = pair(Ciphers { chacha_first, ..Ciphers::default() });
+        for (chacha_first, changes) in [(false, 0), (true, 0), (false, 1), (true, 3)] {
+            let (mut client, mut server) = pair(Ciphers { chacha_first, ..Ciphers::default() });
+            for _ in 0..changes {
+                change_keys(&mut client, &mut server);
+            }
             let mut ours = client.into_keys().unwrap().1;
             let Side::Server(server) = server.side else { panic!("no server") };
             let mut theirs = server.dangerous_into_kernel_connection().unwrap().1;
@@ -602,5 +654,14 @@ pub mod tests {
                 );
             }
         }
+    }
+
+    #[test]
+    fn who_changes_keys_all_the_time_before_its_turn_is_left() {
+        let (mut client, mut server) = pair(Ciphers::default());
+        for _ in 0..=MOST_CHANGES {
+            change_keys(&mut client, &mut server);
+        }
+        assert!(server.into_keys().is_err());
     }
 }
