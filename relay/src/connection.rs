@@ -233,6 +233,7 @@ pub struct Connection {
     path_reason: OnceLock<Arc<str>>,
     legs: Mutex<Option<Arc<Legs>>>,
     paused: [AtomicBool; 2],
+    unsent: [AtomicBool; 2],
     cut: Mutex<Cut>,
     /// Kept by the supervisor: rates, idleness and what limits this connection.
     pub gauge: Mutex<crate::gauge::Gauge>,
@@ -276,6 +277,7 @@ impl Connection {
             path_reason: OnceLock::new(),
             legs: Mutex::new(None),
             paused: Default::default(),
+            unsent: Default::default(),
             cut: Mutex::default(),
             gauge: Mutex::default(),
         }
@@ -372,9 +374,14 @@ impl Connection {
         self.paused[leg as usize].swap(paused, Ordering::Relaxed) != paused
     }
 
-    /// A peer's window is closed.
-    pub fn has_pause(&self) -> bool {
-        self.paused.iter().any(|paused| paused.load(Ordering::Relaxed))
+    /// Notes whether bytes for the peer on `leg` are still in this relay's socket.
+    pub fn has_unsent(&self, leg: Leg, unsent: bool) {
+        self.unsent[leg as usize].store(unsent, Ordering::Relaxed);
+    }
+
+    /// A peer's window is closed, or may close while bytes wait for it, though no more come.
+    pub fn may_pause(&self) -> bool {
+        self.paused.iter().chain(&self.unsent).any(|flag| flag.load(Ordering::Relaxed))
     }
 
     pub fn bytes(&self) -> u64 {

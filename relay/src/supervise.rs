@@ -70,7 +70,7 @@ pub async fn supervise(relay: &Arc<Relay>) -> End {
 fn look_at(relay: &Relay, connection: &Connection, now: Instant) {
     let Some(legs) = connection.legs() else { return };
     let mut gauge = lock(&connection.gauge);
-    if gauge.idle_s(now) < SETTLED_S || gauge.has_moved(connection) || connection.has_pause() {
+    if gauge.idle_s(now) < SETTLED_S || gauge.has_moved(connection) || connection.may_pause() {
         let is_new = gauge.is_new();
         for (leg, socket, info) in gauge.sample(connection, &legs) {
             if is_new {
@@ -84,6 +84,7 @@ fn look_at(relay: &Relay, connection: &Connection, now: Instant) {
             if paused && info.unanswered_probes >= MANY_PROBES && info.last_ack_ms > relay.user_timeout_ms() {
                 connection.cut(if leg == Leg::Lan { LAN_SILENT } else { WAN_SILENT });
             }
+            connection.has_unsent(leg, info.notsent_bytes > 0);
             if connection.paused(leg, paused) {
                 let timeout_ms = if paused { 0 } else { relay.user_timeout_ms() };
                 let _ = rustix::net::sockopt::set_tcp_user_timeout(socket, timeout_ms);

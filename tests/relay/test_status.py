@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from .apps import Applications, Payload, receive_exactly, send_and_end
+from .apps import Applications, Payload, digest, receive_exactly, send, send_and_end
 from .gateway import DEADLINE_S, Gateway, Pair, RefusedError, Relay, eventually, is_running
 from .test_splice import connect_with_small_windows, small_windows
 
@@ -313,3 +313,31 @@ def test_a_paused_consumer_is_not_cut_and_gets_everything_when_it_goes_on(
     for reader in readers:
         answer, _ = reader.communicate(timeout=DEADLINE_S)
         assert answer.strip() == payload.digest()
+
+
+def test_a_consumer_that_pauses_long_after_the_last_byte_came_is_not_cut(
+    gateway: Gateway, apps: Applications
+) -> None:
+    """What waits in the relay's socket may find the window closed when nothing has moved for long."""
+    payload = Payload(1, 3_000_000)
+    ends = []
+    for mode in ("none", "tls"):
+        server = apps.listen()
+        impatient = {"user_timeout_s": 1}
+        pair = gateway.pair(mode, [server.getsockname()], prod=impatient, cons=impatient)
+        consumer, producer = apps.established(server, pair.cons)
+        apps.task(lambda producer=producer: send(producer, payload))  # type: ignore[misc]
+        ends.append((pair, consumer))
+    time.sleep(3)  # nothing moves any more, and the relays know it
+    heard = [b"" for _ in ends]
+    for _ in range(35):
+        heard = [
+            begun + receive_exactly(consumer, 40_000)
+            for begun, (_, consumer) in zip(heard, ends, strict=True)
+        ]
+        time.sleep(0.05)  # while it reads, its window is open
+    time.sleep(4)  # four times the time-out
+    for (pair, consumer), begun in zip(ends, heard, strict=True):
+        for relay in pair:
+            assert relay.status()["connections"]["active"] == 1, relay.events("close")
+        assert digest(begun + receive_exactly(consumer, payload.size - len(begun))) == payload.digest()
