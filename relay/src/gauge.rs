@@ -180,6 +180,11 @@ impl Gauge {
         }
     }
 
+    /// No more samples are taken until bytes move.
+    pub fn rest(&mut self) {
+        self.window = None;
+    }
+
     /// To the consumer and to the producer, over the window.
     pub fn bits_per_s(&self) -> (f64, f64) {
         self.window
@@ -224,7 +229,7 @@ impl Window {
         }
     }
 
-    /// Moves on to a sample. False: nothing has moved in all of it, and that because nothing came.
+    /// Moves on to a sample. False: nothing has moved for all of its length, and that because nothing came.
     fn add(&mut self, new: Sample, is_producer_side: bool) -> bool {
         while let Some(second) = self.later.front()
             && new.at - second.at >= WINDOW
@@ -233,7 +238,7 @@ impl Window {
             self.later.pop_front();
         }
         let old = self.first;
-        if self.later.is_empty() && new.is_silent_since(&old) {
+        if new.at - old.at >= WINDOW && new.is_silent_since(&old) {
             return false;
         }
         self.later.push_back(new);
@@ -355,24 +360,27 @@ pub fn leg(socket: &TcpStream, age_s: f64) -> Value {
 mod tests {
     use super::*;
 
+    fn sample(begin: Instant, at_s: f64, to_consumer: u64, waited_s: f64) -> Sample {
+        let waited = Waited { source_ns: (waited_s * 1e9) as u64, destination_ns: 0 };
+        let seen = Seen::of(&TcpInfo::default());
+        Sample {
+            at: begin + Duration::from_secs_f64(at_s),
+            to_consumer,
+            to_producer: 0,
+            waited_to_consumer: waited,
+            waited_to_producer: waited,
+            lan: seen,
+            wan: seen,
+        }
+    }
+
     #[test]
     fn one_that_falls_silent_keeps_no_samples_and_speaks_again_at_the_rate_of_one_window() {
         let source = std::net::SocketAddr::from(([127, 0, 0, 1], 1));
         let connection = Connection::new(1, 0, source, Role::Prod);
         let (mut gauge, begin) = (Gauge::default(), Instant::now() + WINDOW);
-        let seen = Seen::of(&TcpInfo::default());
         let mut look = |at_s: f64, to_consumer: u64, waited_s: f64| {
-            let waited = Waited { source_ns: (waited_s * 1e9) as u64, destination_ns: 0 };
-            let sample = Sample {
-                at: begin + Duration::from_secs_f64(at_s),
-                to_consumer,
-                to_producer: 0,
-                waited_to_consumer: waited,
-                waited_to_producer: waited,
-                lan: seen,
-                wan: seen,
-            };
-            gauge.add(&connection, sample);
+            gauge.add(&connection, sample(begin, at_s, to_consumer, waited_s));
             (gauge.window.is_some(), gauge.bits_per_s().0)
         };
         assert_eq!(look(0.0, 1000, 0.0), (false, 0.0), "most say something to begin with, and no more");
@@ -380,5 +388,24 @@ mod tests {
         assert_eq!(look(0.5, 127_000, 0.0), (true, 4e6));
         assert_eq!(look(1.75, 127_000, 1.25), (false, 0.0));
         assert_eq!(look(100.0, 252_000, 99.5), (true, 1e6));
+    }
+
+    #[test]
+    fn looked_at_each_tick_one_has_a_rate_between_its_messages_and_no_samples_a_window_after_the_last() {
+        let source = std::net::SocketAddr::from(([127, 0, 0, 1], 1));
+        let connection = Connection::new(1, 0, source, Role::Prod);
+        let (mut gauge, begin) = (Gauge::default(), Instant::now() + WINDOW);
+        for tick in 0..40_u32 {
+            let at_s = 0.25 * f64::from(tick);
+            gauge.add(&connection, sample(begin, at_s, 1_000_000 * u64::from(tick / 3), at_s));
+            assert!(tick < 6 || gauge.bits_per_s().0 >= 8e6, "tick {tick}");
+        }
+        for tick in 40..45 {
+            let at_s = 0.25 * f64::from(tick);
+            gauge.add(&connection, sample(begin, at_s, 13_000_000, at_s));
+        }
+        assert!(gauge.window.is_none());
+        gauge.add(&connection, sample(begin, 100.0, 14_000_000, 100.0));
+        assert_eq!(gauge.bits_per_s().0, 8e6);
     }
 }

@@ -90,6 +90,8 @@ fn look_at(relay: &Relay, connection: &Connection, now: Instant) {
                 let _ = rustix::net::sockopt::set_tcp_user_timeout(socket, timeout_ms);
             }
         }
+    } else {
+        gauge.rest();
     }
     let silent_for = |limit_s: f64| limit_s > 0.0 && gauge.idle_s(now) >= limit_s;
     // An end is no silence: whoever was silent before it gets the whole time to answer.
