@@ -211,7 +211,7 @@ async fn serve_probe(mut wan: Wan<'_>, listener: Arc<Listener>, target: SocketAd
 }
 
 async fn begin_data(
-    mut wan: Wan<'_>,
+    wan: Wan<'_>,
     listener: Arc<Listener>,
     source: SocketAddr,
     target: SocketAddr,
@@ -224,20 +224,29 @@ async fn begin_data(
     };
     let connection = relay.open(active.listener(), source);
     let books = Books(relay.clone(), connection.clone());
-    let closing = match first_or_fresh(relay, target).await {
-        Ok(lan) => match wan.accept().await {
-            Ok((wan, session)) => {
-                return Some(Begun { books, active, onward: target, legs: Legs { lan, wan }, session });
-            }
-            Err(text) => Closing { reason: "peer", abort: None, text: Some(text) },
+    let closing = tokio::select! {
+        begun = answer(wan, target) => match begun {
+            Ok((legs, session)) => return Some(Begun { books, active, onward: target, legs, session }),
+            Err(closing) => closing,
         },
-        Err(error) => {
-            wan.unreachable(target, &error).await;
-            Closing { reason: "unreachable", abort: None, text: Some(errno::of(&error)) }
-        }
+        reason = connection.is_cut() => Closing { reason, abort: None, text: None },
     };
     relay.close(&connection, Some(closing));
     None
+}
+
+/// Connects onwards and says how that went.
+async fn answer(mut wan: Wan<'_>, target: SocketAddr) -> Result<(Legs, Option<Box<Session>>), Closing> {
+    match first_or_fresh(wan.relay, target).await {
+        Ok(lan) => match wan.accept().await {
+            Ok((wan, session)) => Ok((Legs { lan, wan }, session)),
+            Err(text) => Err(Closing { reason: "peer", abort: None, text: Some(text) }),
+        },
+        Err(error) => {
+            wan.unreachable(target, &error).await;
+            Err(Closing { reason: "unreachable", abort: None, text: Some(errno::of(&error)) })
+        }
+    }
 }
 
 async fn onward(relay: &Relay, target: SocketAddr) -> io::Result<TcpStream> {

@@ -286,6 +286,24 @@ def test_the_drain_deadline_cuts(gateway: Gateway, apps: Applications) -> None:
     assert (end["event"], end["cut"], end["reason"]) == ("end", True, "admin")
 
 
+def test_a_connection_that_is_being_begun_ends_with_its_relay_and_in_its_books(
+    gateway: Gateway, apps: Applications, mode: str
+) -> None:
+    """PROD waits for an application that does not answer when its relay is stopped."""
+    server = apps.listen(backlog=0)
+    pair = gateway.pair(mode, [server.getsockname()])
+    apps.established(server, pair.cons)
+    waiting = [apps.keep(socket.socket()) for _ in range(4)]
+    for one in waiting:
+        one.settimeout(0)
+        one.connect_ex(server.getsockname())  # the backlog is full: who comes later is not answered
+    apps.connect(pair.cons)
+    eventually(lambda: pair.prod.status()["listeners"][0]["active"] == 2)
+    pair.prod.stop()
+    closes = pair.prod.events("close")
+    assert sorted((close["connection"], close["reason"]) for close in closes) == [(1, "ended"), (2, "ended")]
+
+
 def test_a_second_sigterm_ends_at_once(gateway: Gateway, apps: Applications) -> None:
     server = apps.listen()
     pair = gateway.pair("tls", [server.getsockname()], prod={"drain_s": 3000})
