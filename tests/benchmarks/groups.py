@@ -62,7 +62,7 @@ class Plan:
     users_connections: int = 200
     rates_mbits_per_s: tuple[int, ...] = (10, 100, 1000)
     rate_s: float = 2.2
-    rate_rounds: int = 1
+    rate_rounds: int = 2
     ways: tuple[Way, ...] = ("local", "actions", "compute", "ssh")
     openings: int = 15
     compute_openings: int = 5
