@@ -14,6 +14,7 @@ use rustls::pki_types::ServerName;
 use rustls::server::StoresServerSessions;
 use rustls::{ClientConfig, Error, NamedGroup, ServerConfig};
 
+use crate::connection::lock;
 use crate::key::{Identity, PublicKey, SPKI_BYTES};
 use crate::tls::Session;
 
@@ -92,7 +93,7 @@ struct Tickets(Mutex<Kept>);
 
 impl Tickets {
     fn kept(&self) -> MutexGuard<'_, Kept> {
-        self.0.lock().unwrap_or_else(|poisoned| poisoned.into_inner())
+        lock(&self.0)
     }
 
     fn choose(&self) -> bool {
@@ -184,7 +185,7 @@ struct Resumable {
 
 impl Issued {
     fn sessions(&self) -> MutexGuard<'_, VecDeque<Resumable>> {
-        let mut sessions = self.sessions.lock().unwrap_or_else(|poisoned| poisoned.into_inner());
+        let mut sessions = lock(&self.sessions);
         while sessions.front().is_some_and(|oldest| oldest.since.elapsed() > HONOURS_FOR) {
             sessions.pop_front();
         }

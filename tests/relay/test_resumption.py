@@ -5,7 +5,7 @@ import struct
 from dataclasses import dataclass
 
 from .apps import Applications, Payload, Tap, nobody_waits, receive_exactly, receive_until_broken
-from .gateway import Gateway, Relay, eventually, join
+from .gateway import Gateway, Pair, Relay, eventually, join
 
 CLIENT_HELLO, SERVER_HELLO = 1, 2
 PRE_SHARED_KEY, EARLY_DATA, PSK_MODES, KEY_SHARE = 41, 42, 45, 51
@@ -67,6 +67,16 @@ def carry(apps: Applications, server: socket.socket, cons: Relay, seed: int = 1)
     apps.forget(consumer, producer)
 
 
+def resuming(gateway: Gateway, apps: Applications, tap: Tap) -> tuple[socket.socket, Pair]:
+    """An application, and a stream to it of which one connection is over that has resumed."""
+    server = apps.listen()
+    pair = gateway.pair("tls", [server.getsockname()], via=tap)
+    carry(apps, server, pair.cons)
+    pair.wait_closed(1)
+    assert has_resumed(tap, -1)
+    return server, pair
+
+
 def test_a_further_connection_resumes_and_carries_the_exact_bytes(
     gateway: Gateway, apps: Applications, tap: Tap
 ) -> None:
@@ -125,11 +135,7 @@ def test_many_connections_at_once_resume_as_far_as_there_are_tickets(
 def test_a_ticket_is_worth_nothing_a_second_time_nor_at_another_stream(
     gateway: Gateway, apps: Applications, tap: Tap
 ) -> None:
-    server = apps.listen()
-    pair = gateway.pair("tls", [server.getsockname()], via=tap)
-    carry(apps, server, pair.cons)
-    pair.wait_closed(1)
-    assert has_resumed(tap, -1)
+    server, pair = resuming(gateway, apps, tap)
     other = gateway.pair("tls", [server.getsockname()])
     for relay in (pair.prod, other.prod):
         again = apps.dial(relay.address())
@@ -143,11 +149,7 @@ def test_a_ticket_is_worth_nothing_a_second_time_nor_at_another_stream(
 def test_no_ticket_is_shown_to_a_relay_with_another_key(
     gateway: Gateway, apps: Applications, tap: Tap
 ) -> None:
-    server = apps.listen()
-    pair = gateway.pair("tls", [server.getsockname()], via=tap)
-    carry(apps, server, pair.cons)
-    pair.wait_closed(1)
-    assert has_resumed(tap, -1)
+    server, pair = resuming(gateway, apps, tap)
     other = gateway.start(gateway.config("PROD", "tls", targets=[join(server.getsockname())]))
     gateway.introduce(other, pair.cons)
     first = len(tap.legs)
