@@ -79,8 +79,8 @@ FULL: Final = Plan(
     full=True,
     rounds=6,
     seconds=2.0,
-    short_s=2.0,
-    short_rounds=6,
+    short_s=0.4,
+    short_rounds=30,
     elsewhere=(1, 5, 16, 64),
     idle=(2000, 10_000),
     slow_s=5.0,
@@ -247,8 +247,7 @@ def connects(bench: Bench) -> None:
     at_once = bench.plan.at_once_connects
 
     def measure(load: Workload, chain: Chain, frame: Carried) -> Run:
-        count, seconds = load.connects(chain, at_once, duration_s=bench.plan.short_s)
-        return Connects(**frame.model_dump(), count=count, per_s=count / seconds)
+        return Connects(**frame.model_dump(), **load.connects(chain, at_once, duration_s=bench.plan.short_s))
 
     _two_hops(bench, bench.kinds(hops=2), "connects", at_once, measure, rounds=bench.plan.short_rounds)
 

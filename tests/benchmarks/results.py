@@ -76,20 +76,30 @@ class Bulk(Carried):
 
 
 class Latency(Carried):
-    """Round trips of 64 bytes, one after the other."""
+    """Round trips of 64 bytes, one after the other.
+
+    Attributes:
+        relay_cpu_us: Of all relays together, for one of them.
+    """
 
     group: Literal["latency"] = "latency"
     count: int
     p50_us: float
     p99_us: float
+    relay_cpu_us: float
 
 
 class Connects(Carried):
-    """Connect, one byte back, close; `connections` of them at the same time."""
+    """Connect, one byte back, close; `connections` of them at the same time.
+
+    Attributes:
+        relay_cpu_us: Of all relays together, for one of them.
+    """
 
     group: Literal["connects"] = "connects"
     count: int
     per_s: float
+    relay_cpu_us: float
 
 
 class Idle(Carried):

@@ -225,11 +225,15 @@ def _latency(results: Results) -> Table:
             relay,
             median(spread(trips, relay, lambda run: run.p50_us)),
             median(spread(trips, relay, lambda run: run.p99_us)),
+            NOTHING if relay == "direct" else median(spread(trips, relay, lambda run: run.relay_cpu_us)),
             median(spread(connections, relay, lambda run: run.per_s)),
+            NOTHING
+            if relay == "direct"
+            else median(spread(connections, relay, lambda run: run.relay_cpu_us)),
         ]
         for relay in relays([*trips, *connections])
     ]
-    columns = ["relay", "round trip p50 us", "p99 us", "connections per s"]
+    columns = ["relay", "round trip p50 us", "p99 us", "its CPU us", "connections per s", "CPU us for one"]
     return Table("latency", "64 bytes there and back; connect, one byte back, close; two hops", columns, rows)
 
 

@@ -184,19 +184,30 @@ class Workload:
         )
 
     def round_trips(self, chain: Chain, *, duration_s: float) -> dict[str, Any]:
-        """`count`, `p50_us`, `p99_us`."""
+        """`count`, `p50_us`, `p99_us`, `relay_cpu_us`."""
         self._consumer.ask(do="round_trips", address=chain.address, duration_s=duration_s)
-        return self._consumer.ask()
+        return self._counted(chain)
 
-    def connects(self, chain: Chain, at_once: int, *, duration_s: float) -> tuple[int, float]:
-        """How many connections were made, asked and ended, and in how many seconds."""
+    def connects(self, chain: Chain, at_once: int, *, duration_s: float) -> dict[str, Any]:
+        """How many connections were made, asked and ended: `count`, `per_s`, `relay_cpu_us`."""
         self._consumer.ask(do="connects", address=chain.address, duration_s=duration_s, at_once=at_once)
-        answer = self._consumer.ask()
+        answer = self._counted(chain)
         if answer["failed"]:
             raise WorkloadError(
                 f"{answer['failed']} of {answer['failed'] + answer['count']} connections failed"
             )
-        return answer["count"], answer["seconds"]
+        return {
+            "count": answer["count"],
+            "per_s": answer["count"] / answer["seconds"],
+            "relay_cpu_us": answer["relay_cpu_us"],
+        }
+
+    def _counted(self, chain: Chain) -> dict[str, Any]:
+        """The consumer's answer, and what the relays have spent meanwhile on each of its `count`."""
+        family = chain.family()
+        before = processes.cpu_s(family)
+        answer = self._consumer.ask()
+        return {**answer, "relay_cpu_us": (processes.cpu_s(family) - before) / answer["count"] * 1e6}
 
     @contextlib.contextmanager
     def holding(self, chain: Chain, connections: int) -> Iterator[float]:
