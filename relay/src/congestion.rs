@@ -10,7 +10,8 @@ use std::time::Duration;
 use rustix::net::sockopt;
 use rustix::net::{AddressFamily, SocketFlags, SocketType, socket_with};
 use s2ds_sys::TcpInfo;
-use tokio::net::TcpStream;
+
+use crate::socket::TcpStream;
 
 /// Round trips below this stay within a site.
 const SHORT_PATH: Duration = Duration::from_millis(1);

@@ -10,10 +10,10 @@ use std::task::{Poll, Waker};
 use std::time::{Duration, Instant};
 
 use serde_json::{Value, json};
-use tokio::net::TcpStream;
 
 use crate::config::Role;
 use crate::errno;
+use crate::socket::TcpStream;
 
 /// The two sockets of a connection.
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]

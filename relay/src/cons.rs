@@ -5,7 +5,6 @@ use std::net::SocketAddr;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use tokio::net::TcpStream;
 use tokio::task::JoinSet;
 
 use crate::carry::Begun;
@@ -15,7 +14,7 @@ use crate::errno;
 use crate::listen::Active;
 use crate::preamble::{ANSWER_BYTES, Answer, Kind, Request, Verdict};
 use crate::relay::{Books, Closing, Dial, NO_PEERS, ProbeResult, Relay};
-use crate::socket::{close_in_order, connect, read_exact, shutdown_write, write_all};
+use crate::socket::{TcpStream, close_in_order, connect, read_exact, shutdown_write, write_all};
 use crate::tls::{HandshakeError, Session, WHOLE_FLIGHT_BYTES};
 
 /// Between two rounds of probes: short at first, because PROD learns of us a moment after we start.

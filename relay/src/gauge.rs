@@ -5,10 +5,10 @@ use std::time::{Duration, Instant};
 
 use s2ds_sys::{TcpInfo, tcp_info};
 use serde_json::{Value, json};
-use tokio::net::TcpStream;
 
 use crate::config::Role;
 use crate::connection::{Connection, Leg, Legs, Waited};
+use crate::socket::TcpStream;
 
 /// Rates are taken over at least this long.
 const WINDOW: Duration = Duration::from_secs(1);

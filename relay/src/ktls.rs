@@ -14,13 +14,13 @@ use rustix::io::Errno;
 use rustls::{CipherSuite, ConnectionTrafficSecrets};
 use s2ds_sys::{send_tls_record, tcp_info, tls_next_record, unacked_bytes};
 use tokio::io::Interest;
-use tokio::net::TcpStream;
 
 use crate::connection::{Flow, Leg, LegError, Path, lock};
 use crate::errno;
 use crate::key::Ciphers;
 use crate::pipe::{Pipe, give_buffer, give_pipe, take_buffer, take_pipe};
 use crate::record::{ALERT, HANDSHAKE, KEPT_RECORDS, KEY_UPDATE, NEW_KEY, OVERHEAD_BYTES};
+use crate::socket::TcpStream;
 use crate::splice::{Cargo, Load, Wire, is_unsupported, splice_in};
 use crate::tls::{Keys, Session};
 

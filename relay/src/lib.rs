@@ -40,7 +40,6 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use serde_json::{Value, json};
-use tokio::net::TcpListener;
 use tokio::signal::unix::{SignalKind, signal};
 
 use crate::client::Refusal;
@@ -51,6 +50,7 @@ use crate::key::{Ciphers, Identity};
 use crate::ktls::KernelTls;
 use crate::relay::{End, Reason, Relay, State};
 use crate::runtime_dir::RuntimeDir;
+use crate::socket::TcpListener;
 use crate::workers::Workers;
 
 const USAGE: &str = "\
@@ -247,7 +247,7 @@ fn run(configuration: &[u8], directory: &Path, detached: bool) -> ExitCode {
         let mut listeners = Vec::new();
         for (listener, socket) in bound {
             let socket =
-                TcpListener::from_std(socket).map_err(|error| (errno::of(&error), error.to_string()))?;
+                TcpListener::watched(socket).map_err(|error| (errno::of(&error), error.to_string()))?;
             listeners.push(listener.clone());
             sockets.push((listener, socket));
         }

@@ -1,13 +1,12 @@
 //! Listening sockets: binding them inside the leased range, and accepting under every circumstance.
 
 use std::collections::{HashMap, HashSet};
-use std::net::{IpAddr, SocketAddr, TcpListener as StdListener};
+use std::net::{IpAddr, SocketAddr, TcpListener as StdListener, TcpStream};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use socket2::{Domain, Protocol, Socket, Type};
-use tokio::net::{TcpListener, TcpStream};
 
 use crate::config::{Config, Listen, Role};
 use crate::congestion::Congestion;
@@ -16,7 +15,7 @@ use crate::control::MOST_CLIENTS;
 use crate::errno;
 use crate::pipe::LEAST_PIPES;
 use crate::relay::{Listener, NO_PEERS, Relay};
-use crate::socket::{prepare, watch};
+use crate::socket::{TcpListener, prepare, watch};
 use crate::workers::{DESCRIPTORS_OF_A_RUNTIME, Workers};
 use crate::{carry, cons, prod};
 

@@ -6,9 +6,9 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use s2ds_sys::{TcpInfo, set_max_pacing_rate, tcp_info};
-use tokio::net::TcpStream;
 
 use crate::connection::Connection;
+use crate::socket::TcpStream;
 
 /// A connection that has used so much of its share, and has more to send, gets more.
 const USED: f64 = 0.75;

@@ -7,7 +7,6 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
 use rustix::net::RecvFlags;
-use tokio::net::TcpStream;
 
 use crate::carry::Begun;
 use crate::config::{Mode, Probe};
@@ -16,7 +15,7 @@ use crate::errno;
 use crate::listen::{Active, Ticket};
 use crate::preamble::{Answer, Kind, MAGIC, REQUEST_BYTES, Request, Verdict};
 use crate::relay::{Books, Closing, Listener, ProbeResult, Relay};
-use crate::socket::{close_in_order, connect, has_failed, read_exact, shutdown_write, write_all};
+use crate::socket::{TcpStream, close_in_order, connect, has_failed, read_exact, shutdown_write, write_all};
 use crate::tls::{HandshakeError, Session, least_record_bytes};
 
 /// An application that has sent something and closed within this time after it was connected had a session, a short one.
@@ -260,8 +259,8 @@ async fn onward(relay: &Relay, target: SocketAddr) -> io::Result<TcpStream> {
 /// greeting) and is asked anew; should it be gone, what it left is all there is.
 async fn first_or_fresh(relay: &Relay, target: SocketAddr) -> io::Result<TcpStream> {
     let Some(kept) = relay.take_kept(target) else { return onward(relay, target).await };
-    // It was registered with the runtime of the worker that probed.
-    let stream = TcpStream::from_std(kept.stream.into_std()?)?;
+    // The worker that probed watches it.
+    let stream = TcpStream::watched(kept.stream.into_std())?;
     let Some(closed_after) = kept.closed_after else { return Ok(stream) };
     if has_failed(&stream) {
         return onward(relay, target).await;

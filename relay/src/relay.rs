@@ -10,7 +10,6 @@ use std::time::{Duration, Instant};
 use rustls::ServerConfig;
 use serde::Serialize;
 use serde_json::{Value, json};
-use tokio::net::TcpStream;
 use tokio::sync::{Notify, watch};
 
 use crate::config::{Changes, Config, Mode, Network, PROTOCOL, Peer, Probe, RelayId, Role};
@@ -24,6 +23,7 @@ use crate::ktls::{KernelTls, Unable};
 use crate::pace;
 use crate::preamble::Kind;
 use crate::resumption::{self, Caller};
+use crate::socket::TcpStream;
 
 #[derive(Clone, Copy, Debug, Eq, PartialEq, Serialize)]
 #[serde(rename_all = "SCREAMING_SNAKE_CASE")]

@@ -1,13 +1,19 @@
-//! What every socket of a relay has in common, and exact reads and writes on shared streams.
+//! What every socket of a relay has in common: its options, how a worker watches it, exact reads and writes.
 
-use std::io;
+use std::future::Future;
+use std::io::{self, IoSlice, IoSliceMut, Read, Write};
 use std::net::{IpAddr, SocketAddr};
-use std::os::fd::AsFd;
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, RawFd};
+use std::pin::pin;
+use std::task::{Context, Poll, Waker};
 use std::time::Duration;
 
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
-use rustix::net::sockopt;
-use tokio::net::{TcpSocket, TcpStream};
+use rustix::io::Errno;
+use rustix::net::{SendFlags, SocketFlags, sockopt};
+use socket2::{Domain, Protocol, Socket, Type};
+use tokio::io::unix::AsyncFd;
+use tokio::io::{Interest, Ready};
 
 use crate::congestion::Congestion;
 
@@ -78,15 +84,163 @@ pub async fn connect(
     timeout: Duration,
     congestion: &Congestion,
 ) -> io::Result<TcpStream> {
-    let socket = if address.is_ipv4() { TcpSocket::new_v4()? } else { TcpSocket::new_v6()? };
+    let socket =
+        Socket::new(Domain::for_address(address), Type::STREAM.nonblocking().cloexec(), Some(Protocol::TCP))?;
     prepare(&socket)?;
     congestion.begin(&socket);
     if let Some(source) = source {
-        socket.bind(SocketAddr::new(source, 0))?;
+        socket.bind(&SocketAddr::new(source, 0).into())?;
     }
-    match tokio::time::timeout(timeout, socket.connect(address)).await {
-        Ok(connected) => connected,
-        Err(_) => Err(io::ErrorKind::TimedOut.into()),
+    match socket.connect(&address.into()) {
+        Err(error) if error.raw_os_error() != Some(Errno::INPROGRESS.raw_os_error()) => return Err(error),
+        _ => {}
+    }
+    let stream = TcpStream::watched(socket.into())?;
+    match tokio::time::timeout(timeout, stream.writable()).await {
+        Ok(connected) => connected?,
+        Err(_) => return Err(io::ErrorKind::TimedOut.into()),
+    }
+    match stream.0.get_ref().take_error()? {
+        None => Ok(stream),
+        Some(error) => Err(error),
+    }
+}
+
+/// A connected socket and what the runtime of its worker knows of it. As the library's own, which does not hear of urgent bytes
+/// and so has to read once more after each message.
+pub struct TcpStream(AsyncFd<std::net::TcpStream>);
+
+impl TcpStream {
+    /// The socket is nonblocking; it belongs to the worker in whose runtime this is called.
+    pub fn watched(socket: std::net::TcpStream) -> io::Result<TcpStream> {
+        s2ds_sys::watch(socket).map(TcpStream)
+    }
+
+    /// To be watched by another worker.
+    pub fn into_std(self) -> std::net::TcpStream {
+        self.0.into_inner()
+    }
+
+    pub async fn ready(&self, interest: Interest) -> io::Result<Ready> {
+        Ok(self.0.ready(interest).await?.ready())
+    }
+
+    pub async fn readable(&self) -> io::Result<()> {
+        self.ready(Interest::READABLE).await.map(drop)
+    }
+
+    pub async fn writable(&self) -> io::Result<()> {
+        self.ready(Interest::WRITABLE).await.map(drop)
+    }
+
+    /// As `readable`, for one task at a time and without memory for it.
+    pub fn poll_read_ready(&self, context: &mut Context<'_>) -> Poll<io::Result<()>> {
+        self.0.poll_read_ready(context).map_ok(drop)
+    }
+
+    /// Calls if the socket is ready; it is so no more once the call would have had to wait.
+    pub fn try_io<T>(&self, interest: Interest, call: impl FnOnce() -> io::Result<T>) -> io::Result<T> {
+        self.0.try_io(interest, |_| call())
+    }
+
+    /// Reads by a call that takes `most_bytes` if there are so many. One that took fewer has emptied the socket, and the next one
+    /// waits for more, unless an urgent byte or the end of the peer's direction may have stopped it.
+    pub fn try_read_by(
+        &self,
+        most_bytes: usize,
+        call: impl FnOnce() -> io::Result<usize>,
+    ) -> io::Result<usize> {
+        let mut taken = 0;
+        let answer = self.try_io(Interest::READABLE, || {
+            taken = call()?;
+            let emptied = 0 < taken && taken < most_bytes && !self.has_priority();
+            if emptied { Err(io::ErrorKind::WouldBlock.into()) } else { Ok(taken) }
+        });
+        if taken > 0 { Ok(taken) } else { answer }
+    }
+
+    /// The library counts the end of the peer's direction in.
+    fn has_priority(&self) -> bool {
+        self.try_io(Interest::PRIORITY, || Ok(())).is_ok()
+    }
+
+    pub fn try_read(&self, buffer: &mut [u8]) -> io::Result<usize> {
+        self.try_read_by(buffer.len(), || self.0.get_ref().read(buffer))
+    }
+
+    pub fn try_read_vectored(&self, slices: &mut [IoSliceMut<'_>]) -> io::Result<usize> {
+        let most_bytes = slices.iter().map(|slice| slice.len()).sum();
+        self.try_read_by(most_bytes, || self.0.get_ref().read_vectored(slices))
+    }
+
+    pub fn try_write(&self, bytes: &[u8]) -> io::Result<usize> {
+        self.try_io(Interest::WRITABLE, || self.0.get_ref().write(bytes))
+    }
+
+    pub fn try_write_vectored(&self, slices: &[IoSlice<'_>]) -> io::Result<usize> {
+        self.try_io(Interest::WRITABLE, || self.0.get_ref().write_vectored(slices))
+    }
+
+    /// Writes what the end of this direction follows at once: the kernel sends both in one segment.
+    pub fn try_write_last(&self, bytes: &[u8]) -> io::Result<usize> {
+        let flags = SendFlags::NOSIGNAL | SendFlags::MORE;
+        self.try_io(Interest::WRITABLE, || Ok(rustix::net::send(self, bytes, flags)?))
+    }
+
+    /// Has the kernel send what waits for more: no end follows it.
+    pub fn push(&self) {
+        // It is set already; setting it sends.
+        let _ = sockopt::set_tcp_nodelay(self, true);
+    }
+
+    /// The peer's direction has ended in order, whatever is still to be read of it. Asked while there is something to read.
+    pub fn has_ended(&self) -> bool {
+        let ready = pin!(self.ready(Interest::READABLE | Interest::ERROR));
+        let answer = ready.poll(&mut Context::from_waker(Waker::noop()));
+        matches!(answer, Poll::Ready(Ok(ready)) if ready.is_read_closed() && !ready.is_error())
+    }
+
+    pub fn local_addr(&self) -> io::Result<SocketAddr> {
+        self.0.get_ref().local_addr()
+    }
+}
+
+impl AsFd for TcpStream {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.0.as_fd()
+    }
+}
+
+impl AsRawFd for TcpStream {
+    fn as_raw_fd(&self) -> RawFd {
+        self.0.as_raw_fd()
+    }
+}
+
+/// A listening socket; what it accepts is for any worker.
+pub struct TcpListener(AsyncFd<std::net::TcpListener>);
+
+impl TcpListener {
+    /// The socket is nonblocking.
+    pub fn watched(socket: std::net::TcpListener) -> io::Result<TcpListener> {
+        s2ds_sys::watch(socket).map(TcpListener)
+    }
+
+    /// The next connection, nonblocking and watched by nobody, and where it comes from.
+    pub async fn accept(&self) -> io::Result<(std::net::TcpStream, SocketAddr)> {
+        let flags = SocketFlags::NONBLOCK | SocketFlags::CLOEXEC;
+        let (socket, source) = self
+            .0
+            .async_io(Interest::READABLE, |listener| Ok(rustix::net::acceptfrom_with(listener, flags)?))
+            .await?;
+        let source = source.and_then(|source| source.try_into().ok()).ok_or(Errno::CONNABORTED)?;
+        Ok((socket.into(), source))
+    }
+}
+
+impl AsFd for TcpListener {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.0.as_fd()
     }
 }
 
@@ -127,9 +281,131 @@ pub async fn write_all(stream: &TcpStream, mut bytes: &[u8]) -> io::Result<()> {
 
 #[cfg(test)]
 mod tests {
-    use std::net::{Ipv4Addr, TcpListener, TcpStream};
+    use std::net::{Ipv4Addr, TcpListener as StdListener, TcpStream as StdStream};
+
+    use rustix::net::RecvFlags;
+    use tokio::runtime::{Builder, Runtime};
 
     use super::*;
+
+    const DEADLINE: Duration = Duration::from_secs(10);
+
+    fn runtime() -> Runtime {
+        Builder::new_current_thread().enable_all().build().unwrap()
+    }
+
+    /// A socket as a relay has it, and the peer.
+    fn pair() -> (TcpStream, StdStream) {
+        let listener = StdListener::bind((Ipv4Addr::LOCALHOST, 0)).unwrap();
+        let near = StdStream::connect(listener.local_addr().unwrap()).unwrap();
+        near.set_nonblocking(true).unwrap();
+        let (far, _) = listener.accept().unwrap();
+        far.set_read_timeout(Some(DEADLINE)).unwrap();
+        (TcpStream::watched(near).unwrap(), far)
+    }
+
+    async fn within<T>(future: impl Future<Output = io::Result<T>>) -> T {
+        tokio::time::timeout(DEADLINE, future).await.expect("in time").unwrap()
+    }
+
+    /// Waits until so many bytes can be read, without reading them.
+    async fn comes(stream: &TcpStream, count: usize) {
+        let mut seen = [0; 64];
+        while rustix::net::recv(stream, &mut seen, RecvFlags::PEEK | RecvFlags::DONTWAIT)
+            .map_or(0, |(seen, _)| seen)
+            < count
+        {
+            tokio::time::sleep(Duration::from_millis(1)).await;
+        }
+    }
+
+    #[test]
+    fn a_read_that_takes_less_than_it_may_has_emptied_the_socket() {
+        runtime().block_on(async {
+            let (stream, mut peer) = pair();
+            peer.write_all(b"first").unwrap();
+            within(stream.readable()).await;
+            let mut buffer = [0; 64];
+            assert_eq!(stream.try_read(&mut buffer).unwrap(), 5);
+            let asked = std::cell::Cell::new(false);
+            let again = stream.try_read_by(64, || {
+                asked.set(true);
+                Ok(0)
+            });
+            assert_eq!(again.unwrap_err().kind(), io::ErrorKind::WouldBlock);
+            assert!(!asked.get());
+            peer.write_all(b"second").unwrap();
+            within(stream.readable()).await;
+            assert_eq!(stream.try_read(&mut buffer).unwrap(), 6);
+        });
+    }
+
+    #[test]
+    fn a_read_that_an_urgent_byte_may_have_stopped_is_followed_by_another() {
+        runtime().block_on(async {
+            let (stream, mut peer) = pair();
+            peer.write_all(b"before").unwrap();
+            rustix::net::send(&peer, b"!", SendFlags::OOB).unwrap();
+            peer.write_all(b"after").unwrap();
+            within(stream.ready(Interest::PRIORITY)).await;
+            comes(&stream, 6).await;
+            let mut buffer = [0; 64];
+            assert_eq!(stream.try_read(&mut buffer).unwrap(), 6);
+            let mut rest = Vec::new();
+            while rest != b"after" {
+                within(stream.readable()).await;
+                match stream.try_read(&mut buffer) {
+                    Ok(length) => rest.extend_from_slice(&buffer[..length]),
+                    Err(error) => assert_eq!(error.kind(), io::ErrorKind::WouldBlock),
+                }
+            }
+        });
+    }
+
+    #[test]
+    fn the_end_of_the_peer_is_seen_before_its_last_bytes_are_read_and_a_reset_is_no_end() {
+        runtime().block_on(async {
+            let (stream, mut peer) = pair();
+            peer.write_all(b"last").unwrap();
+            within(stream.readable()).await;
+            assert!(!stream.has_ended());
+            peer.shutdown(std::net::Shutdown::Write).unwrap();
+            while !stream.has_ended() {
+                tokio::task::yield_now().await;
+            }
+            let mut buffer = [0; 64];
+            assert_eq!(stream.try_read(&mut buffer).unwrap(), 4);
+            assert_eq!(stream.try_read(&mut buffer).unwrap(), 0);
+
+            let (stream, mut peer) = pair();
+            peer.write_all(b"last").unwrap();
+            sockopt::set_socket_linger(&peer, Some(Duration::ZERO)).unwrap();
+            drop(peer);
+            within(stream.ready(Interest::ERROR)).await;
+            assert!(!stream.has_ended());
+        });
+    }
+
+    #[test]
+    fn the_last_bytes_and_the_end_are_one_segment_and_without_an_end_a_push_sends_them() {
+        runtime().block_on(async {
+            let segments = |peer: &StdStream| s2ds_sys::tcp_info(peer).unwrap().received_segments;
+            let (stream, mut peer) = pair();
+            within(stream.writable()).await;
+            assert_eq!(stream.try_write_last(b"last").unwrap(), 4);
+            shutdown_write(&stream).unwrap();
+            let mut all = Vec::new();
+            peer.read_to_end(&mut all).unwrap();
+            assert_eq!((all.as_slice(), segments(&peer)), (&b"last"[..], 1));
+
+            let (stream, mut peer) = pair();
+            within(stream.writable()).await;
+            stream.try_write_last(b"last").unwrap();
+            stream.push();
+            assert_eq!(s2ds_sys::tcp_info(&stream).unwrap().notsent_bytes, 0);
+            assert_eq!(peer.read(&mut [0; 64]).unwrap(), 4);
+        });
+    }
 
     #[test]
     fn what_is_accepted_has_every_option_of_its_listening_socket() {
@@ -138,8 +414,8 @@ mod tests {
         watch(&listener, Duration::from_secs(30)).unwrap();
         listener.bind(&SocketAddr::from((Ipv4Addr::LOCALHOST, 0)).into()).unwrap();
         listener.listen(1).unwrap();
-        let listener = TcpListener::from(listener);
-        let _near = TcpStream::connect(listener.local_addr().unwrap()).unwrap();
+        let listener = StdListener::from(listener);
+        let _near = StdStream::connect(listener.local_addr().unwrap()).unwrap();
         let (far, _) = listener.accept().unwrap();
         assert_eq!(sockopt::socket_linger(&far), Ok(Some(Duration::ZERO)));
         assert_eq!(sockopt::tcp_nodelay(&far), Ok(true));

@@ -9,12 +9,11 @@ use std::time::Duration;
 use rustix::io::Errno;
 use rustix::pipe::{SpliceFlags, splice};
 use tokio::io::Interest;
-use tokio::net::TcpStream;
 use tokio::sync::Notify;
 
 use crate::connection::{Connection, Flow, Leg, LegError, Legs, Path, Wait};
 use crate::pipe::{BUFFER_BYTES, PIPE_BYTES, Pipe, give_buffer, give_pipe, take_buffer, take_pipe};
-use crate::socket::{close_in_order, shutdown_write};
+use crate::socket::{TcpStream, close_in_order, shutdown_write};
 
 /// A source that has been reset may still have bytes on their way to a reader that reads; a reader that takes nothing for this
 /// long will not miss them.
@@ -129,7 +128,7 @@ pub fn relay<'a, W: Wire>(
 fn one_way<'a, W: Wire>(ways: &'a Ways<'a, W>, from: Leg) -> impl Future<Output = Result<(), LegError>> + 'a {
     let to = from.other();
     async move {
-        let mut rounds = 0;
+        let (mut rounds, mut end_is_due) = (0, false);
         loop {
             {
                 let _waiting = ways.flow(from).waits(Wait::Source);
@@ -138,15 +137,27 @@ fn one_way<'a, W: Wire>(ways: &'a Ways<'a, W>, from: Leg) -> impl Future<Output 
                 } else {
                     // Nobody else waits for this socket to be readable; `ready()` would take memory for that, of every idle
                     // connection.
-                    poll_fn(|context| ways.legs[from].poll_read_ready(context)).await
+                    poll_fn(|context| {
+                        let ready = ways.legs[from].poll_read_ready(context);
+                        if ready.is_pending() {
+                            rounds = 0; // the others have their turn
+                        }
+                        ready
+                    })
+                    .await
                 };
                 has_come.map_err(|error| LegError::new(from, &error))?;
             }
-            let (mut cargo, mut left) = match ways.load(from)? {
+            let loaded = ways.load(from);
+            if std::mem::take(&mut end_is_due) && !matches!(loaded, Ok(Load::End)) {
+                ways.legs[to].push();
+            }
+            let (mut cargo, mut left) = match loaded? {
                 Load::Cargo(cargo, length) => (cargo, length),
                 Load::Nothing => continue,
                 Load::End => break,
             };
+            end_is_due = cargo.is_last();
             ways.connection.first_byte();
             while left > 0 {
                 if to == Leg::Wan && ways.wire.wants_to_prepare(&ways.legs.wan)? {
@@ -243,6 +254,8 @@ pub enum Cargo {
     Pipe(Pipe),
     /// And how many of its bytes have gone.
     Buffer(Vec<u8>, usize),
+    /// The same, and the source has ended behind them.
+    Last(Vec<u8>, usize),
 }
 
 impl Cargo {
@@ -250,9 +263,10 @@ impl Cargo {
     fn load(source: &TcpStream, flow: &Flow, (spliced, copied_path): (Path, Path)) -> io::Result<Load> {
         if flow.is_short() {
             let mut copied = None;
-            // Up to EAGAIN, as always: an urgent byte ends a read before the source is empty.
+            // Only in clear text: the kernel's TLS makes records of its own of what waits.
+            let ends = spliced == Path::Splice && source.has_ended();
             return match (
-                source.try_io(Interest::READABLE, || copy_in(source, SHORT_READ_BYTES, &mut copied)),
+                source.try_read_by(SHORT_READ_BYTES, || copy_in(source, SHORT_READ_BYTES, &mut copied)),
                 copied,
             ) {
                 (Ok(length), Some(buffer)) => {
@@ -260,7 +274,11 @@ impl Cargo {
                     if flow.path() != spliced {
                         foretell(flow, (spliced, copied_path));
                     }
-                    Ok(Load::Cargo(Cargo::Buffer(buffer, 0), length))
+                    let cargo = match ends && length < SHORT_READ_BYTES {
+                        true => Cargo::Last(buffer, 0),
+                        false => Cargo::Buffer(buffer, 0),
+                    };
+                    Ok(Load::Cargo(cargo, length))
                 }
                 (Ok(_), None) => Ok(Load::End),
                 (Err(error), _) => nothing_or(error),
@@ -335,14 +353,24 @@ impl Cargo {
                 *sent += moved;
                 Ok(moved)
             }
+            Cargo::Last(buffer, sent) => {
+                let moved = destination.try_write_last(&buffer[*sent..*sent + left])?;
+                *sent += moved;
+                Ok(moved)
+            }
         }
+    }
+
+    /// The end of the source is the next thing that it has.
+    fn is_last(&self) -> bool {
+        matches!(self, Cargo::Last(..))
     }
 
     /// Empty again.
     fn give_back(self) {
         match self {
             Cargo::Pipe(pipe) => give_pipe(pipe),
-            Cargo::Buffer(buffer, _) => give_buffer(buffer),
+            Cargo::Buffer(buffer, _) | Cargo::Last(buffer, _) => give_buffer(buffer),
         }
     }
 }

@@ -14,11 +14,10 @@ use rustls::{
     ClientConfig, ConnectionTrafficSecrets, ExtractedSecrets, HandshakeKind, KeyLog, ServerConfig,
     SupportedCipherSuite, Tls13CipherSuite,
 };
-use tokio::net::TcpStream;
 
 use crate::connection::lock;
 use crate::key::PublicKey;
-use crate::socket::{read, write_all};
+use crate::socket::{TcpStream, read, write_all};
 
 pub const HEADER_BYTES: usize = 5;
 /// RFC 8446, 5.2: the longest record on the wire, without its header.

@@ -8,16 +8,14 @@ use std::pin::Pin;
 use std::task::{Context, Poll};
 use std::time::Duration;
 
-use rustix::net::{SendFlags, send};
 use rustls::AlertDescription;
 use tokio::io::{Interest, Ready};
-use tokio::net::TcpStream;
 use tokio::time::Sleep;
 
 use crate::connection::{Connection, Flow, Leg, LegError, Legs, Path, Wait, Waiting};
 use crate::pipe::{BUFFER_BYTES, give_buffer, take_buffer};
 use crate::record::{ALERT_BYTES, Content, Fault, Records, length_of_first, slots};
-use crate::socket::{close_in_order, shutdown_write};
+use crate::socket::{TcpStream, close_in_order, shutdown_write};
 use crate::splice::FLUSH;
 use crate::tls::{HEADER_BYTES, LONGEST_RECORD_BYTES, Session};
 
@@ -56,7 +54,14 @@ pub fn relay<'a>(
                     let _outward = connection.lan_to_wan().waits(Wait::Source);
                     let _inward = connection.wan_to_lan().waits(Wait::Source);
                     let mut awake = pump.records.is_awake().then(|| Box::pin(tokio::time::sleep(AWAKE)));
-                    poll_fn(|context| pump.poll_bytes(legs, &mut awake, context)).await?;
+                    poll_fn(|context| {
+                        let ready = pump.poll_bytes(legs, &mut awake, context);
+                        if ready.is_pending() {
+                            rounds = 0; // the others have their turn
+                        }
+                        ready
+                    })
+                    .await?;
                 } else {
                     // Boxed: an idle connection keeps no memory for it.
                     Box::pin(pump.wait(&legs.lan, &legs.wan, connection)).await?;
@@ -156,14 +161,19 @@ impl Inbox {
         }
     }
 
-    /// Gives the LAN what it takes in one call.
-    fn deliver(&mut self, lan: &TcpStream) -> io::Result<usize> {
-        let mut slices = [IoSlice::new(&[]); PIECES_A_CALL];
+    /// Gives the LAN what it takes in one call. `last`: the end of this direction follows the last piece at once.
+    fn deliver(&mut self, lan: &TcpStream, last: bool) -> io::Result<usize> {
         let undelivered = &self.pieces[self.delivered..];
-        for (slice, piece) in slices.iter_mut().zip(undelivered) {
-            *slice = IoSlice::new(&self.buffer[piece.clone()]);
-        }
-        let moved = lan.try_write_vectored(&slices[..undelivered.len().min(PIECES_A_CALL)])?;
+        let moved = match undelivered {
+            [piece] if last => lan.try_write_last(&self.buffer[piece.clone()])?,
+            _ => {
+                let mut slices = [IoSlice::new(&[]); PIECES_A_CALL];
+                for (slice, piece) in slices.iter_mut().zip(undelivered) {
+                    *slice = IoSlice::new(&self.buffer[piece.clone()]);
+                }
+                lan.try_write_vectored(&slices[..undelivered.len().min(PIECES_A_CALL)])?
+            }
+        };
         let mut left = moved;
         while left > 0 {
             let piece = &mut self.pieces[self.delivered];
@@ -222,10 +232,13 @@ impl Pump {
     ) -> Result<bool, LegError> {
         let flow = connection.wan_to_lan();
         if let Some(inbox) = self.inbox.as_mut().filter(|inbox| inbox.has_pieces()) {
-            let moved = at(Leg::Lan, inbox.deliver(lan))?;
+            let moved = at(Leg::Lan, inbox.deliver(lan, self.wan_ended))?;
             flow.add(moved.unwrap_or(0));
             self.give_back_inbox();
-            return Ok(moved.is_some());
+            // The end that goes with the last piece follows it here, before anything else can.
+            if !self.wan_ended || self.to_lan() {
+                return Ok(moved.is_some());
+            }
         }
         if self.wan_ended {
             if !self.lan_shut {
@@ -254,7 +267,7 @@ impl Pump {
                     Err(fault) => {
                         // What was in order before it arrives, as far as the LAN takes it now.
                         while inbox.has_pieces() {
-                            let Ok(moved) = inbox.deliver(lan) else { break };
+                            let Ok(moved) = inbox.deliver(lan, false) else { break };
                             flow.add(moved);
                         }
                         self.tell(&fault, wan);
@@ -295,10 +308,8 @@ impl Pump {
         let flow = connection.lan_to_wan();
         if let Some(outbox) = &mut self.outbox {
             // The FIN is a call away, and goes with close_notify.
-            let flags =
-                if self.lan_ended { SendFlags::NOSIGNAL | SendFlags::MORE } else { SendFlags::NOSIGNAL };
             let unsent = &outbox.buffer[outbox.unsent.clone()];
-            let sent = wan.try_io(Interest::WRITABLE, || Ok(send(wan, unsent, flags)?));
+            let sent = if self.lan_ended { wan.try_write_last(unsent) } else { wan.try_write(unsent) };
             let Some(moved) = at(Leg::Wan, sent)? else {
                 return Ok(false);
             };

@@ -4,9 +4,10 @@ use std::future::Future;
 use std::io;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
-use tokio::net::TcpStream;
 use tokio::runtime::{Builder, Handle};
 use tokio::sync::watch;
+
+use crate::socket::TcpStream;
 
 /// What a worker has open before it carries anything: epoll, its wakers and its share of the signals.
 pub const DESCRIPTORS_OF_A_RUNTIME: u64 = 6;
@@ -36,23 +37,19 @@ impl Workers {
         Ok(Workers { handles, next: AtomicUsize::new(0), _running: running })
     }
 
-    /// Gives a connection to the next worker. One that cannot be registered there is dropped, which resets it.
-    pub fn spawn<F, T>(&self, stream: TcpStream, task: F)
+    /// Gives a connection to the next worker. One that cannot be watched there is dropped, which resets it.
+    pub fn spawn<F, T>(&self, socket: std::net::TcpStream, task: F)
     where
         F: FnOnce(TcpStream) -> T,
         T: Future<Output = ()> + Send + 'static,
     {
-        if let [only] = self.handles.as_slice() {
-            only.spawn(task(stream));
-            return;
-        }
         let worker = &self.handles[self.next.fetch_add(1, Ordering::Relaxed) % self.handles.len()];
-        // Registered from here, so that the task has no memory for how it came to its worker.
-        let registered = stream.into_std().and_then(|stream| {
+        let watched = {
             let _at_worker = worker.enter();
-            TcpStream::from_std(stream)
-        });
-        if let Ok(stream) = registered {
+            TcpStream::watched(socket)
+        };
+        // From here, so that the task has no memory for how it came to its worker.
+        if let Ok(stream) = watched {
             worker.spawn(task(stream));
         }
     }
