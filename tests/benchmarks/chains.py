@@ -257,7 +257,7 @@ def nginx(settings: str = "") -> Start:
             f"load_module {STREAM_MODULE};\nuser root;\ndaemon off;\npid {link.folder}/pid;\n"
             "error_log stderr crit;\nevents { worker_connections 24000; }\n"
             f"stream {{ {settings} server {{ listen {join(link.listen)} backlog=4096; "
-            f"proxy_pass {join(link.onward)}; proxy_timeout 1h; }} }}\n"
+            f"proxy_pass {join(link.onward)}; proxy_timeout 1h; proxy_half_close on; }} }}\n"
         )
         return ["nginx", "-e", "stderr", "-p", str(link.folder), "-c", str(file)]
 
