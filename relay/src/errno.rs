@@ -41,9 +41,9 @@ pub fn of(error: &io::Error) -> String {
     }
 }
 
-/// The process or the system is out of something that may come back.
+/// The process or the system is out of something that may come back; ENOSPC is of epoll (`fs.epoll.max_user_watches`).
 pub fn is_shortage(error: &io::Error) -> bool {
-    [Errno::MFILE, Errno::NFILE, Errno::NOBUFS, Errno::NOMEM]
+    [Errno::MFILE, Errno::NFILE, Errno::NOBUFS, Errno::NOMEM, Errno::NOSPC]
         .iter()
         .any(|e| number(error) == e.raw_os_error())
 }

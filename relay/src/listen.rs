@@ -1,6 +1,7 @@
 //! Listening sockets: binding them inside the leased range, and accepting under every circumstance.
 
 use std::collections::{HashMap, HashSet};
+use std::io;
 use std::net::{IpAddr, SocketAddr, TcpListener as StdListener, TcpStream};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
@@ -94,7 +95,7 @@ fn bind_one(
                 return Ok(sockets);
             }
             // Somebody else's port; the next one may be free.
-            Err((_, error)) if error.kind() == std::io::ErrorKind::AddrInUse => last = Some(error),
+            Err((_, error)) if error.kind() == io::ErrorKind::AddrInUse => last = Some(error),
             Err((address, error)) => {
                 return Err(BindError {
                     code: "bind",
@@ -123,7 +124,7 @@ fn open_all(
     mut port: u16,
     congestion: &Congestion,
     user_timeout: Duration,
-) -> Result<Vec<(SocketAddr, StdListener)>, (SocketAddr, std::io::Error)> {
+) -> Result<Vec<(SocketAddr, StdListener)>, (SocketAddr, io::Error)> {
     let mut sockets = Vec::new();
     for &address in addresses {
         let wanted = SocketAddr::new(address, port);
@@ -136,11 +137,7 @@ fn open_all(
     Ok(sockets)
 }
 
-fn open(
-    address: SocketAddr,
-    congestion: &Congestion,
-    user_timeout: Duration,
-) -> std::io::Result<StdListener> {
+fn open(address: SocketAddr, congestion: &Congestion, user_timeout: Duration) -> io::Result<StdListener> {
     let socket =
         Socket::new(Domain::for_address(address), Type::STREAM.nonblocking().cloexec(), Some(Protocol::TCP))?;
     // Ports of ended streams are in TIME_WAIT; they are ours to use again.
@@ -203,8 +200,10 @@ pub async fn serve(
             accepted = socket.accept() => accepted,
             () = &mut closes => return,
         };
-        match accepted {
-            Ok((stream, source)) => admit(&relay, &workers, &listener, &half_open, stream, source),
+        let admitted = accepted
+            .and_then(|(stream, source)| admit(&relay, &workers, &listener, &half_open, stream, source));
+        match admitted {
+            Ok(()) => {}
             Err(error) if errno::is_shortage(&error) => {
                 relay.say_shortage(&error);
                 tokio::select! {
@@ -218,7 +217,8 @@ pub async fn serve(
     }
 }
 
-/// Turns a connection away with a reset, or gives it a task of its own: nothing of a handshake runs in the accept loop.
+/// Turns a connection away with a reset, or gives it a task of its own: nothing of a handshake runs in the accept loop. The
+/// error is of a worker that cannot take it.
 fn admit(
     relay: &Arc<Relay>,
     workers: &Workers,
@@ -226,7 +226,7 @@ fn admit(
     half_open: &Arc<HalfOpen>,
     stream: TcpStream,
     source: SocketAddr,
-) {
+) -> io::Result<()> {
     let cause = if relay.config.role == Role::Prod && !relay.has_peers() {
         Some(NO_PEERS)
     } else if !relay.admits_source(source.ip()) {
@@ -235,24 +235,27 @@ fn admit(
         None
     };
     if let Some(cause) = cause {
-        return relay.refuse(listener, cause, source.ip());
+        relay.refuse(listener, cause, source.ip());
+        return Ok(());
     }
     let (relay, listener) = (relay.clone(), listener.clone());
     match relay.config.role {
         Role::Prod => {
             let free = relay.free_connections();
             let Some(ticket) = half_open.enter(source.ip(), relay.knows_source(source.ip()), free) else {
-                return relay.refuse(&listener, "half-open", source.ip());
+                relay.refuse(&listener, "half-open", source.ip());
+                return Ok(());
             };
             workers.spawn(stream, move |stream| {
                 carry::serve(prod::begin(relay, listener, stream, source, ticket))
-            });
+            })
         }
         Role::Cons => {
             let Some(active) = Active::enter(&listener, relay.config.max_connections) else {
-                return relay.refuse(&listener, "busy", source.ip());
+                relay.refuse(&listener, "busy", source.ip());
+                return Ok(());
             };
-            workers.spawn(stream, move |stream| carry::serve(cons::begin(relay, active, stream, source)));
+            workers.spawn(stream, move |stream| carry::serve(cons::begin(relay, active, stream, source)))
         }
     }
 }

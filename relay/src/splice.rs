@@ -128,7 +128,7 @@ pub fn relay<'a, W: Wire>(
 fn one_way<'a, W: Wire>(ways: &'a Ways<'a, W>, from: Leg) -> impl Future<Output = Result<(), LegError>> + 'a {
     let to = from.other();
     async move {
-        let (mut rounds, mut end_is_due) = (0, false);
+        let mut rounds = 0;
         loop {
             {
                 let _waiting = ways.flow(from).waits(Wait::Source);
@@ -148,16 +148,11 @@ fn one_way<'a, W: Wire>(ways: &'a Ways<'a, W>, from: Leg) -> impl Future<Output 
                 };
                 has_come.map_err(|error| LegError::new(from, &error))?;
             }
-            let loaded = ways.load(from);
-            if std::mem::take(&mut end_is_due) && !matches!(loaded, Ok(Load::End)) {
-                ways.legs[to].push();
-            }
-            let (mut cargo, mut left) = match loaded? {
+            let (mut cargo, mut left) = match ways.load(from)? {
                 Load::Cargo(cargo, length) => (cargo, length),
                 Load::Nothing => continue,
                 Load::End => break,
             };
-            end_is_due = cargo.is_last();
             ways.connection.first_byte();
             while left > 0 {
                 if to == Leg::Wan && ways.wire.wants_to_prepare(&ways.legs.wan)? {
@@ -254,7 +249,7 @@ pub enum Cargo {
     Pipe(Pipe),
     /// And how many of its bytes have gone.
     Buffer(Vec<u8>, usize),
-    /// The same, and the source has ended behind them.
+    /// The same, and the source has ended behind them: the end is what is loaded next.
     Last(Vec<u8>, usize),
 }
 
@@ -359,11 +354,6 @@ impl Cargo {
                 Ok(moved)
             }
         }
-    }
-
-    /// The end of the source is the next thing that it has.
-    fn is_last(&self) -> bool {
-        matches!(self, Cargo::Last(..))
     }
 
     /// Empty again.

@@ -37,20 +37,40 @@ impl Workers {
         Ok(Workers { handles, next: AtomicUsize::new(0), _running: running })
     }
 
-    /// Gives a connection to the next worker. One that cannot be watched there is dropped, which resets it.
-    pub fn spawn<F, T>(&self, socket: std::net::TcpStream, task: F)
+    /// Gives a connection to the next worker. One that cannot be watched there is dropped, which resets it; the error says why.
+    pub fn spawn<F, T>(&self, socket: std::net::TcpStream, task: F) -> io::Result<()>
     where
         F: FnOnce(TcpStream) -> T,
         T: Future<Output = ()> + Send + 'static,
     {
         let worker = &self.handles[self.next.fetch_add(1, Ordering::Relaxed) % self.handles.len()];
-        let watched = {
-            let _at_worker = worker.enter();
-            TcpStream::watched(socket)
-        };
         // From here, so that the task has no memory for how it came to its worker.
-        if let Ok(stream) = watched {
-            worker.spawn(task(stream));
-        }
+        let stream = {
+            let _at_worker = worker.enter();
+            TcpStream::watched(socket)?
+        };
+        worker.spawn(task(stream));
+        Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::fs::File;
+    use std::os::fd::OwnedFd;
+
+    use super::*;
+
+    #[test]
+    fn what_a_worker_cannot_watch_is_an_error_and_gets_no_task() {
+        Builder::new_current_thread().enable_all().build().unwrap().block_on(async {
+            let workers = Workers::start(2).unwrap();
+            for _ in 0..2 {
+                // epoll takes no regular file, as it takes no socket when it is out of memory.
+                let file = OwnedFd::from(File::open(std::env::current_exe().unwrap()).unwrap());
+                let spawned = workers.spawn(file.into(), |_| -> std::future::Ready<()> { unreachable!() });
+                assert_eq!(spawned.unwrap_err().kind(), io::ErrorKind::PermissionDenied);
+            }
+        });
     }
 }

@@ -1,13 +1,10 @@
 //! What rustix, socket2 and nix do not offer safely: `TCP_INFO` in full, the 64-bit `SO_MAX_PACING_RATE`, close-on-exec for
-//! descriptors that somebody else has opened, of kernel TLS what goes beyond its keys, and of tokio the watch over urgent bytes.
+//! descriptors that somebody else has opened, and of kernel TLS what goes beyond its keys.
 //!
 //! All `unsafe` of the relay is in this file.
 
 use std::io;
-use std::os::fd::{AsFd, AsRawFd, OwnedFd};
-
-use tokio::io::Interest;
-use tokio::io::unix::AsyncFd;
+use std::os::fd::{AsFd, AsRawFd};
 
 /// What `TCP_INFO` says of one socket. Units are in the names; a field the running kernel does not know is 0.
 #[derive(Clone, Copy, Debug, Default)]
@@ -189,11 +186,4 @@ pub fn send_tls_record(socket: impl AsFd, content_type: u8, bytes: &[u8]) -> io:
         libc::sendmsg(socket.as_fd().as_raw_fd(), &message, libc::MSG_DONTWAIT | libc::MSG_NOSIGNAL)
     };
     usize::try_from(sent).map_err(|_| io::Error::last_os_error())
-}
-
-/// Has the runtime that this is called in watch a nonblocking socket for everything, urgent bytes too. It must not be exchanged.
-pub fn watch<T: AsRawFd + Into<OwnedFd>>(socket: T) -> io::Result<AsyncFd<T>> {
-    let everything = Interest::READABLE | Interest::WRITABLE | Interest::PRIORITY;
-    // SAFETY: `socket` owns its descriptor, the only one that it says it has, until it is dropped or taken out.
-    Ok(unsafe { AsyncFd::register_with_interest(socket, everything) }?)
 }
