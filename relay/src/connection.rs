@@ -232,6 +232,7 @@ pub struct Connection {
     first_byte_ns: AtomicU64,
     path_reason: OnceLock<Arc<str>>,
     legs: Mutex<Option<Arc<Legs>>>,
+    gathered_lumps: AtomicU8,
     paused: [AtomicBool; 2],
     unsent: [AtomicBool; 2],
     cut: Mutex<Cut>,
@@ -276,6 +277,7 @@ impl Connection {
             first_byte_ns: AtomicU64::new(0),
             path_reason: OnceLock::new(),
             legs: Mutex::new(None),
+            gathered_lumps: AtomicU8::new(0),
             paused: Default::default(),
             unsent: Default::default(),
             cut: Mutex::default(),
@@ -367,6 +369,15 @@ impl Connection {
             }
             Poll::Pending
         })
+    }
+
+    /// What the WAN brings uses the rate up: so much of it at once is worth waiting for; 0 is no waiting.
+    pub fn gather(&self, lumps: u8) {
+        self.gathered_lumps.store(lumps, Ordering::Relaxed);
+    }
+
+    pub fn gathers(&self) -> u8 {
+        self.gathered_lumps.load(Ordering::Relaxed)
     }
 
     /// Notes whether the peer on `leg` has closed its window; true if that has changed.

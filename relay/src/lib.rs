@@ -10,6 +10,7 @@ mod cons;
 pub mod control;
 mod errno;
 mod events;
+mod gather;
 mod gauge;
 mod hkdf;
 mod inspect;

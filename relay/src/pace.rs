@@ -1,5 +1,5 @@
 //! A stream's rate, divided among its connections by what they need. The kernel does the pacing, on the socket that sends
-//! into the WAN; this says how fast each may be until the next division.
+//! into the WAN; this says how fast each may be until the next division, and whether what the far relay paces is to be gathered.
 
 use std::collections::HashMap;
 use std::sync::Arc;
@@ -8,6 +8,7 @@ use std::time::{Duration, Instant};
 use s2ds_sys::{TcpInfo, set_max_pacing_rate, tcp_info};
 
 use crate::connection::Connection;
+use crate::gather::worth_lumps;
 use crate::socket::TcpStream;
 
 /// A connection that has used so much of its share, and has more to send, gets more.
@@ -27,6 +28,8 @@ const STUCK_S: f64 = 1.0;
 const EVENED_WITHIN_S: f64 = 0.3;
 /// So much of what was not sent may be sent later: beyond it, it was not the kernel.
 const LATE_S: f64 = 0.04;
+/// What comes from the WAN uses the rate up if it is so much of it.
+const FULL: f64 = 0.9;
 
 /// What a connection did since the last division.
 #[derive(Clone, Copy, Debug)]
@@ -54,6 +57,8 @@ pub struct Pacer {
     divided: Instant,
     /// Sent beyond the rate and not yet saved; below 0, not sent and to be made up for.
     debt_bytes: f64,
+    /// By each connection, of the WAN.
+    came_bytes: HashMap<u64, u64>,
 }
 
 struct Share {
@@ -87,11 +92,11 @@ pub fn begin(wan: &TcpStream, rate_mbits_per_s: u64, connections: usize) {
 
 impl Pacer {
     pub fn new(now: Instant) -> Pacer {
-        Pacer { shares: HashMap::new(), divided: now, debt_bytes: 0.0 }
+        Pacer { shares: HashMap::new(), divided: now, debt_bytes: 0.0, came_bytes: HashMap::new() }
     }
 
-    /// Sets what each connection may send from now on; 0 is no limit. To be called at least every 100 ms while there is one,
-    /// and once when it has been lifted.
+    /// Sets what each connection may send from now on, and what it gathers; 0 is no limit. To be called at least every 100 ms
+    /// while there is one, and once when it has been lifted.
     pub fn pace(&mut self, now: Instant, connections: &[Arc<Connection>], rate_mbits_per_s: u64) {
         let elapsed_s = (now - self.divided).as_secs_f64();
         let first = elapsed_s <= 0.0;
@@ -120,10 +125,11 @@ impl Pacer {
             let acked = share.filter(|_| moved == 0).map_or(now, |share| share.acked);
             all_legs.push((connection.id, legs, info.acked_bytes, acked));
         }
+        let rate = rate_mbits_per_s as f64 * 125_000.0;
+        self.gather(connections, rate * elapsed_s, elapsed_s);
         if rate_mbits_per_s == 0 {
             return;
         }
-        let rate = rate_mbits_per_s as f64 * 125_000.0;
         // Nobody has sent anything of this rate yet.
         if first {
             for (id, legs, acked_bytes, acked) in all_legs {
@@ -145,6 +151,24 @@ impl Pacer {
         for ((id, legs, acked_bytes, acked), bytes_per_s) in all_legs.into_iter().zip(shares) {
             let _ = set_max_pacing_rate(&legs.wan, bytes_per_s as u64);
             self.shares.insert(id, Share { bytes_per_s, acked_bytes, acked });
+        }
+    }
+}
+
+impl Pacer {
+    /// The far relay paces the other direction: while that brings all that it may, more of it is waited for.
+    fn gather(&mut self, connections: &[Arc<Connection>], allowed_bytes: f64, elapsed_s: f64) {
+        let before = std::mem::take(&mut self.came_bytes);
+        let mut came = Vec::with_capacity(connections.len());
+        for connection in connections {
+            let bytes = connection.wan_to_lan().bytes();
+            // One that is new here is looked at once more.
+            came.push((bytes - before.get(&connection.id).unwrap_or(&bytes)) as f64);
+            self.came_bytes.insert(connection.id, bytes);
+        }
+        let full = allowed_bytes > 0.0 && came.iter().sum::<f64>() >= FULL * allowed_bytes;
+        for (connection, came_bytes) in connections.iter().zip(came) {
+            connection.gather(if full { worth_lumps(came_bytes / elapsed_s) } else { 0 });
         }
     }
 }
@@ -179,6 +203,7 @@ fn divide(rate: f64, elapsed_s: f64, uses: &[Use]) -> Vec<f64> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::config::Role;
 
     const RATE: f64 = 125e6;
     const TICK_S: f64 = 0.1;
@@ -237,6 +262,31 @@ mod tests {
         let after_2_s = acked + Duration::from_secs(2);
         let of = |bytes_per_s| Share { bytes_per_s, acked_bytes: 0, acked }.is_stuck(after_2_s, 65_536.0);
         assert_eq!([of(30_000.0), of(1e6)], [false, true]);
+    }
+
+    /// Whether each of some connections gathers, after these bytes have come by each in a tenth of a second.
+    fn gathers(allowed_bytes: f64, came_bytes: &[usize]) -> Vec<bool> {
+        let source = "127.0.0.1:1".parse().unwrap();
+        let connections: Vec<_> = (0..came_bytes.len() as u64)
+            .map(|id| Arc::new(Connection::new(id, 0, source, Role::Cons)))
+            .collect();
+        let mut pacer = Pacer::new(Instant::now());
+        pacer.gather(&connections, allowed_bytes, TICK_S);
+        for (connection, bytes) in connections.iter().zip(came_bytes) {
+            connection.wan_to_lan().add(*bytes);
+        }
+        pacer.gather(&connections, allowed_bytes, TICK_S);
+        connections.iter().map(|connection| connection.gathers() > 0).collect()
+    }
+
+    #[test]
+    fn a_stream_that_uses_its_rate_up_gathers_where_much_comes_and_no_other_does() {
+        let allowed = RATE * TICK_S;
+        let [all, most, little] = [1.0, 0.95, 0.05].map(|part| (part * allowed) as usize);
+        assert_eq!(gathers(allowed, &[all]), [true]);
+        assert_eq!(gathers(allowed, &[most, little]), [true, false]);
+        assert_eq!(gathers(allowed, &[all * 8 / 10, little]), [false, false]);
+        assert_eq!(gathers(0.0, &[all]), [false]);
     }
 
     #[test]

@@ -12,6 +12,7 @@ use tokio::io::Interest;
 use tokio::sync::Notify;
 
 use crate::connection::{Connection, Flow, Leg, LegError, Legs, Path, Wait};
+use crate::gather::Gathering;
 use crate::pipe::{BUFFER_BYTES, PIPE_BYTES, Pipe, give_buffer, give_pipe, take_buffer, take_pipe};
 use crate::socket::{TcpStream, close_in_order, shutdown_write};
 
@@ -137,8 +138,12 @@ fn one_way<'a, W: Wire>(ways: &'a Ways<'a, W>, from: Leg) -> impl Future<Output 
                 } else {
                     // Nobody else waits for this socket to be readable; `ready()` would take memory for that, of every idle
                     // connection.
+                    let mut gathering = ways.gathering(from);
                     poll_fn(|context| {
-                        let ready = ways.legs[from].poll_read_ready(context);
+                        let ready = match &mut gathering {
+                            Some(gathering) => gathering.poll_read_ready(context),
+                            None => ways.legs[from].poll_read_ready(context),
+                        };
                         if ready.is_pending() {
                             rounds = 0; // the others have their turn
                         }
@@ -181,6 +186,10 @@ impl<W: Wire> Ways<'_, W> {
             Leg::Lan => self.connection.lan_to_wan(),
             Leg::Wan => self.connection.wan_to_lan(),
         }
+    }
+
+    fn gathering(&self, from: Leg) -> Option<Box<Gathering<'_>>> {
+        (from == Leg::Wan).then(|| Gathering::if_wanted(&self.legs.wan, self.connection)).flatten()
     }
 
     /// Takes what a source has.

@@ -197,6 +197,25 @@ def test_connections_that_say_a_little_all_the_time_leave_the_rate_to_the_one_th
         talking.result()
 
 
+def test_what_a_stream_that_uses_its_rate_up_says_before_it_pauses_arrives_before_it_goes_on(
+    gateway: Gateway, apps: Applications, mode: str
+) -> None:
+    """Where much comes from the WAN a relay waits for more of it, and not for ever."""
+    server = apps.listen()
+    rate = {"rate_mbits_per_s": 1000}
+    pair = gateway.pair(mode, [server.getsockname()], prod=rate, cons=rate)
+    consumer, producer = apps.established(server, pair.cons)
+    for number in range(3):
+        payload = Payload(number, 50_000_011)
+        sending = apps.task(lambda payload=payload: send(producer, payload))  # type: ignore[misc]
+        assert digest(receive_exactly(consumer, payload.size)) == payload.digest()
+        sending.result()
+        consumer.sendall(b"?")
+        assert receive_exactly(producer, 1) == b"?"
+        producer.sendall(b"!")
+        assert receive_exactly(consumer, 1) == b"!"
+
+
 def shares(relay: Relay) -> list[float]:
     """What each connection may send into the WAN, in bits per second."""
     return [stream["legs"]["wan"]["pacing_bits_per_s"] for stream in relay.status()["streams"]]

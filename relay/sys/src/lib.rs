@@ -1,10 +1,10 @@
-//! What rustix, socket2 and nix do not offer safely: `TCP_INFO` in full, the 64-bit `SO_MAX_PACING_RATE`, close-on-exec for
-//! descriptors that somebody else has opened, and of kernel TLS what goes beyond its keys.
+//! What rustix, socket2 and nix do not offer safely: `TCP_INFO` in full, `SO_RCVLOWAT`, the 64-bit `SO_MAX_PACING_RATE`,
+//! close-on-exec for descriptors that somebody else has opened, and of kernel TLS what goes beyond its keys.
 //!
 //! All `unsafe` of the relay is in this file.
 
 use std::io;
-use std::os::fd::{AsFd, AsRawFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
 
 /// What `TCP_INFO` says of one socket. Units are in the names; a field the running kernel does not know is 0.
 #[derive(Clone, Copy, Debug, Default)]
@@ -71,17 +71,10 @@ mod at {
 pub fn tcp_info(socket: impl AsFd) -> io::Result<TcpInfo> {
     let mut raw = [0u8; 256];
     let mut length = raw.len() as libc::socklen_t;
+    let (fd, to) = (socket.as_fd().as_raw_fd(), raw.as_mut_ptr().cast());
     // SAFETY: the pointer and the length describe `raw`, which outlives the call; the kernel writes at most `length` bytes and
     // any bytes are a valid [u8; 256].
-    let answer = unsafe {
-        libc::getsockopt(
-            socket.as_fd().as_raw_fd(),
-            libc::IPPROTO_TCP,
-            libc::TCP_INFO,
-            raw.as_mut_ptr().cast(),
-            &mut length,
-        )
-    };
+    let answer = unsafe { libc::getsockopt(fd, libc::IPPROTO_TCP, libc::TCP_INFO, to, &mut length) };
     if answer != 0 {
         return Err(io::Error::last_os_error());
     }
@@ -115,16 +108,19 @@ pub fn tcp_info(socket: impl AsFd) -> io::Result<TcpInfo> {
 /// Sets the kernel's pacing of one socket in bytes per second; `u64::MAX` is unlimited. The 32-bit form of the option ends
 /// at 34 Gbit/s, so only the 64-bit one is offered (Linux 4.20 and later).
 pub fn set_max_pacing_rate(socket: impl AsFd, bytes_per_s: u64) -> io::Result<()> {
-    // SAFETY: the pointer and the size describe a u64 that outlives the call; the kernel only reads it.
-    let answer = unsafe {
-        libc::setsockopt(
-            socket.as_fd().as_raw_fd(),
-            libc::SOL_SOCKET,
-            libc::SO_MAX_PACING_RATE,
-            std::ptr::from_ref(&bytes_per_s).cast(),
-            size_of::<u64>() as libc::socklen_t,
-        )
-    };
+    set_option(socket.as_fd(), libc::SO_MAX_PACING_RATE, &bytes_per_s.to_ne_bytes())
+}
+
+/// A socket cannot be read, for whoever waits for that, before so many bytes are there, or the peer's end. If they are, or if
+/// the peer's window has no room for them, the kernel says so anew.
+pub fn set_receive_low_water(socket: impl AsFd, bytes: u32) -> io::Result<()> {
+    set_option(socket.as_fd(), libc::SO_RCVLOWAT, &bytes.to_ne_bytes())
+}
+
+fn set_option(socket: BorrowedFd<'_>, option: libc::c_int, value: &[u8]) -> io::Result<()> {
+    let (from, length) = (value.as_ptr().cast(), value.len() as libc::socklen_t);
+    // SAFETY: the pointer and the length describe `value`, which outlives the call; the kernel only reads it.
+    let answer = unsafe { libc::setsockopt(socket.as_raw_fd(), libc::SOL_SOCKET, option, from, length) };
     if answer == 0 { Ok(()) } else { Err(io::Error::last_os_error()) }
 }
 

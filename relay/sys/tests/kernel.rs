@@ -57,6 +57,7 @@ fn a_file_is_an_error() {
     let file = std::fs::File::open("/dev/null").unwrap();
     assert!(tcp_info(&file).is_err());
     assert!(set_max_pacing_rate(&file, 1).is_err());
+    assert!(set_receive_low_water(&file, 1).is_err());
 }
 
 #[test]
