@@ -3,9 +3,9 @@
 //!
 //! The kernel keeps them to itself (`SO_RCVLOWAT`) while a timer runs, and no longer. It says an end or a reset at once.
 
-use std::io;
+use std::future::Future;
 use std::pin::Pin;
-use std::task::{Context, Poll};
+use std::task::Context;
 use std::time::Duration;
 
 use s2ds_sys::set_receive_low_water;
@@ -27,90 +27,67 @@ pub fn worth_lumps(bytes_per_s: f64) -> u8 {
     if lumps < 2 { 0 } else { lumps.min(MOST_LUMPS) }
 }
 
-/// One wait for the WAN of a connection that gathers.
+/// One wait for the WAN of a connection that gathers: while it is there, the kernel is silent about less.
 pub struct Gathering<'a> {
     wan: &'a TcpStream,
-    connection: &'a Connection,
-    /// While it is there the socket keeps silent about less.
-    patience: Option<Pin<Box<Sleep>>>,
+    patience: Pin<Box<Sleep>>,
 }
 
 impl<'a> Gathering<'a> {
-    /// Boxed, because an idle connection keeps no memory for it.
-    pub fn if_wanted(wan: &'a TcpStream, connection: &'a Connection) -> Option<Box<Gathering<'a>>> {
-        (connection.gathers() > 0).then(|| Box::new(Gathering { wan, connection, patience: None }))
-    }
-
-    /// As `poll_read_ready` of the socket, for as much as is gathered, or what there is after `PATIENCE`.
-    pub fn poll_read_ready(&mut self, context: &mut Context<'_>) -> Poll<io::Result<()>> {
-        let ready = self.wan.poll_read_ready(context);
-        if ready.is_ready() {
-            return ready;
-        }
-        if self.patience.is_none() {
-            let least_bytes = u32::from(self.connection.gathers()) * LUMP_BYTES;
-            if least_bytes == 0 || set_receive_low_water(self.wan, least_bytes).is_err() {
-                return Poll::Pending;
-            }
-            self.patience = Some(Box::pin(tokio::time::sleep(PATIENCE)));
-        }
-        if self.patience.as_mut().is_some_and(|patience| patience.as_mut().poll(context).is_ready()) {
-            // The rate is not used up any more: from here on nothing waits, until the pacer finds that it is.
-            self.connection.gather(0);
-            self.end();
-        }
-        Poll::Pending
-    }
-
-    /// The kernel says now what it has kept to itself.
-    fn end(&mut self) {
-        if self.patience.take().is_some() {
-            let _ = set_receive_low_water(self.wan, 1);
-        }
+    /// Boxed, because an idle connection keeps no memory for it. None: nothing is gathered.
+    fn begin(wan: &'a TcpStream, connection: &Connection) -> Option<Box<Gathering<'a>>> {
+        let least_bytes = u32::from(connection.gathers()) * LUMP_BYTES;
+        (least_bytes > 0 && set_receive_low_water(wan, least_bytes).is_ok())
+            .then(|| Box::new(Gathering { wan, patience: Box::pin(tokio::time::sleep(PATIENCE)) }))
     }
 }
 
 impl Drop for Gathering<'_> {
+    /// The kernel says now what it has kept to itself.
     fn drop(&mut self) {
-        self.end();
+        let _ = set_receive_low_water(self.wan, 1);
+    }
+}
+
+/// To be called whenever there is nothing to read and the task goes on waiting: begins to gather if that is wanted, and ends it
+/// after `PATIENCE`.
+pub fn gather<'a>(
+    gathering: &mut Option<Box<Gathering<'a>>>,
+    wan: &'a TcpStream,
+    connection: &Connection,
+    context: &mut Context<'_>,
+) {
+    if gathering.is_none() {
+        *gathering = Gathering::begin(wan, connection);
+    }
+    if gathering.as_mut().is_some_and(|one| one.patience.as_mut().poll(context).is_ready()) {
+        // The rate is not used up any more: from here on nothing waits, until the pacer finds that it is.
+        connection.gather(0);
+        *gathering = None;
     }
 }
 
 #[cfg(test)]
-mod tests {
+pub mod tests {
     use std::future::poll_fn;
     use std::io::Write;
-    use std::net::{Shutdown, TcpListener};
-    use std::task::Waker;
+    use std::net::{Shutdown, TcpStream as StdStream};
 
     use rustix::event::{PollFd, PollFlags, Timespec};
 
     use super::*;
     use crate::config::Role;
+    use crate::socket::tests::{pair, runtime};
 
-    /// The WAN socket of a relay, its peer, and a connection that gathers one lump.
-    fn pair() -> (TcpStream, std::net::TcpStream, Connection) {
-        let listener = TcpListener::bind("127.0.0.1:0").unwrap();
-        let peer = std::net::TcpStream::connect(listener.local_addr().unwrap()).unwrap();
-        let wan = listener.accept().unwrap().0;
-        wan.set_nonblocking(true).unwrap();
+    /// A connection that gathers so many lumps.
+    pub fn gathering_connection(peer: &StdStream, lumps: u8) -> Connection {
         let connection = Connection::new(1, 0, peer.local_addr().unwrap(), Role::Cons);
-        connection.gather(1);
-        (TcpStream::watched(wan).unwrap(), peer, connection)
-    }
-
-    fn in_a_runtime<T>(test: impl Future<Output = T>) -> T {
-        let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
-        let within = Duration::from_secs(60);
-        runtime.block_on(async { tokio::time::timeout(within, test).await }).expect("in good time")
-    }
-
-    fn is_pending(gathering: &mut Gathering<'_>) -> bool {
-        gathering.poll_read_ready(&mut Context::from_waker(Waker::noop())).is_pending()
+        connection.gather(lumps);
+        connection
     }
 
     /// What the kernel says within so many seconds, and nobody else.
-    fn is_readable(wan: &TcpStream, within_s: i64) -> bool {
+    pub fn is_readable(wan: &TcpStream, within_s: i64) -> bool {
         let within = Timespec { tv_sec: within_s, tv_nsec: 0 };
         rustix::event::poll(&mut [PollFd::new(wan, PollFlags::IN)], Some(&within)).unwrap() > 0
     }
@@ -123,10 +100,9 @@ mod tests {
 
     #[test]
     fn less_than_a_connection_gathers_is_kept_back_and_enough_is_not() {
-        in_a_runtime(async {
-            let (wan, mut peer, connection) = pair();
-            let mut gathering = Gathering::if_wanted(&wan, &connection).unwrap();
-            assert!(is_pending(&mut gathering));
+        runtime().block_on(async {
+            let (wan, mut peer) = pair();
+            let _gathering = Gathering::begin(&wan, &gathering_connection(&peer, 1)).unwrap();
             peer.write_all(&[7; 1000]).unwrap();
             assert!(!is_readable(&wan, 0));
             peer.write_all(&[7; LUMP_BYTES as usize - 1000]).unwrap();
@@ -136,10 +112,9 @@ mod tests {
 
     #[test]
     fn an_end_is_not_kept_back() {
-        in_a_runtime(async {
-            let (wan, mut peer, connection) = pair();
-            let mut gathering = Gathering::if_wanted(&wan, &connection).unwrap();
-            assert!(is_pending(&mut gathering));
+        runtime().block_on(async {
+            let (wan, mut peer) = pair();
+            let _gathering = Gathering::begin(&wan, &gathering_connection(&peer, 1)).unwrap();
             peer.write_all(b"last").unwrap();
             peer.shutdown(Shutdown::Write).unwrap();
             assert!(is_readable(&wan, 60));
@@ -148,22 +123,32 @@ mod tests {
 
     #[test]
     fn what_stays_little_is_said_after_a_while_and_nothing_waits_behind_it() {
-        in_a_runtime(async {
-            let (wan, mut peer, connection) = pair();
-            let mut gathering = Gathering::if_wanted(&wan, &connection).unwrap();
-            assert!(is_pending(&mut gathering));
-            peer.write_all(b"a message").unwrap();
-            poll_fn(|context| gathering.poll_read_ready(context)).await.unwrap();
+        runtime().block_on(async {
+            let (wan, mut peer) = pair();
+            let connection = gathering_connection(&peer, 1);
+            let mut gathering = None;
+            let mut has_begun = false;
+            let wait = poll_fn(|context| {
+                let ready = wan.poll_read_ready(context);
+                if ready.is_pending() {
+                    gather(&mut gathering, &wan, &connection, context);
+                    if !std::mem::replace(&mut has_begun, true) {
+                        assert!(gathering.is_some());
+                        peer.write_all(b"a message").unwrap();
+                    }
+                }
+                ready
+            });
+            tokio::time::timeout(Duration::from_secs(60), wait).await.expect("in good time").unwrap();
             assert_eq!(connection.gathers(), 0);
         });
     }
 
     #[test]
     fn a_wait_that_is_over_or_given_up_keeps_nothing_back() {
-        in_a_runtime(async {
-            let (wan, mut peer, connection) = pair();
-            let mut gathering = Gathering::if_wanted(&wan, &connection).unwrap();
-            assert!(is_pending(&mut gathering));
+        runtime().block_on(async {
+            let (wan, mut peer) = pair();
+            let gathering = Gathering::begin(&wan, &gathering_connection(&peer, 1)).unwrap();
             peer.write_all(b"a message").unwrap();
             assert!(!is_readable(&wan, 0));
             drop(gathering);
@@ -173,10 +158,9 @@ mod tests {
 
     #[test]
     fn a_connection_that_gathers_nothing_waits_as_ever() {
-        in_a_runtime(async {
-            let (wan, _peer, connection) = pair();
-            connection.gather(0);
-            assert!(Gathering::if_wanted(&wan, &connection).is_none());
+        runtime().block_on(async {
+            let (wan, peer) = pair();
+            assert!(Gathering::begin(&wan, &gathering_connection(&peer, 0)).is_none());
         });
     }
 }

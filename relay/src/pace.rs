@@ -126,7 +126,7 @@ impl Pacer {
             all_legs.push((connection.id, legs, info.acked_bytes, acked));
         }
         let rate = rate_mbits_per_s as f64 * 125_000.0;
-        self.gather(connections, rate * elapsed_s, elapsed_s);
+        self.gather(connections, rate, elapsed_s);
         if rate_mbits_per_s == 0 {
             return;
         }
@@ -153,12 +153,13 @@ impl Pacer {
             self.shares.insert(id, Share { bytes_per_s, acked_bytes, acked });
         }
     }
-}
 
-impl Pacer {
     /// The far relay paces the other direction: while that brings all that it may, more of it is waited for.
-    fn gather(&mut self, connections: &[Arc<Connection>], allowed_bytes: f64, elapsed_s: f64) {
+    fn gather(&mut self, connections: &[Arc<Connection>], rate: f64, elapsed_s: f64) {
         let before = std::mem::take(&mut self.came_bytes);
+        if worth_lumps(rate) == 0 {
+            return connections.iter().for_each(|connection| connection.gather(0));
+        }
         let mut came = Vec::with_capacity(connections.len());
         for connection in connections {
             let bytes = connection.wan_to_lan().bytes();
@@ -166,7 +167,7 @@ impl Pacer {
             came.push((bytes - before.get(&connection.id).unwrap_or(&bytes)) as f64);
             self.came_bytes.insert(connection.id, bytes);
         }
-        let full = allowed_bytes > 0.0 && came.iter().sum::<f64>() >= FULL * allowed_bytes;
+        let full = elapsed_s > 0.0 && came.iter().sum::<f64>() >= FULL * rate * elapsed_s;
         for (connection, came_bytes) in connections.iter().zip(came) {
             connection.gather(if full { worth_lumps(came_bytes / elapsed_s) } else { 0 });
         }
@@ -265,17 +266,17 @@ mod tests {
     }
 
     /// Whether each of some connections gathers, after these bytes have come by each in a tenth of a second.
-    fn gathers(allowed_bytes: f64, came_bytes: &[usize]) -> Vec<bool> {
+    fn gathers(rate: f64, came_bytes: &[usize]) -> Vec<bool> {
         let source = "127.0.0.1:1".parse().unwrap();
         let connections: Vec<_> = (0..came_bytes.len() as u64)
             .map(|id| Arc::new(Connection::new(id, 0, source, Role::Cons)))
             .collect();
         let mut pacer = Pacer::new(Instant::now());
-        pacer.gather(&connections, allowed_bytes, TICK_S);
+        pacer.gather(&connections, rate, TICK_S);
         for (connection, bytes) in connections.iter().zip(came_bytes) {
             connection.wan_to_lan().add(*bytes);
         }
-        pacer.gather(&connections, allowed_bytes, TICK_S);
+        pacer.gather(&connections, rate, TICK_S);
         connections.iter().map(|connection| connection.gathers() > 0).collect()
     }
 
@@ -283,9 +284,10 @@ mod tests {
     fn a_stream_that_uses_its_rate_up_gathers_where_much_comes_and_no_other_does() {
         let allowed = RATE * TICK_S;
         let [all, most, little] = [1.0, 0.95, 0.05].map(|part| (part * allowed) as usize);
-        assert_eq!(gathers(allowed, &[all]), [true]);
-        assert_eq!(gathers(allowed, &[most, little]), [true, false]);
-        assert_eq!(gathers(allowed, &[all * 8 / 10, little]), [false, false]);
+        assert_eq!(gathers(RATE, &[all]), [true]);
+        assert_eq!(gathers(RATE, &[most, little]), [true, false]);
+        assert_eq!(gathers(RATE, &[all * 8 / 10, little]), [false, false]);
+        assert_eq!(gathers(RATE / 10.0, &[all]), [false]);
         assert_eq!(gathers(0.0, &[all]), [false]);
     }
 

@@ -283,7 +283,7 @@ pub async fn write_all(stream: &TcpStream, mut bytes: &[u8]) -> io::Result<()> {
 }
 
 #[cfg(test)]
-mod tests {
+pub mod tests {
     use std::net::{Ipv4Addr, TcpListener as StdListener, TcpStream as StdStream};
 
     use rustix::net::RecvFlags;
@@ -293,12 +293,12 @@ mod tests {
 
     const DEADLINE: Duration = Duration::from_secs(10);
 
-    fn runtime() -> Runtime {
+    pub fn runtime() -> Runtime {
         Builder::new_current_thread().enable_all().build().unwrap()
     }
 
     /// A socket as a relay has it, and the peer.
-    fn pair() -> (TcpStream, StdStream) {
+    pub fn pair() -> (TcpStream, StdStream) {
         let listener = StdListener::bind((Ipv4Addr::LOCALHOST, 0)).unwrap();
         let near = StdStream::connect(listener.local_addr().unwrap()).unwrap();
         near.set_nonblocking(true).unwrap();

@@ -12,7 +12,7 @@ use tokio::io::Interest;
 use tokio::sync::Notify;
 
 use crate::connection::{Connection, Flow, Leg, LegError, Legs, Path, Wait};
-use crate::gather::Gathering;
+use crate::gather::gather;
 use crate::pipe::{BUFFER_BYTES, PIPE_BYTES, Pipe, give_buffer, give_pipe, take_buffer, take_pipe};
 use crate::socket::{TcpStream, close_in_order, shutdown_write};
 
@@ -138,14 +138,14 @@ fn one_way<'a, W: Wire>(ways: &'a Ways<'a, W>, from: Leg) -> impl Future<Output 
                 } else {
                     // Nobody else waits for this socket to be readable; `ready()` would take memory for that, of every idle
                     // connection.
-                    let mut gathering = ways.gathering(from);
+                    let mut gathering = None;
                     poll_fn(|context| {
-                        let ready = match &mut gathering {
-                            Some(gathering) => gathering.poll_read_ready(context),
-                            None => ways.legs[from].poll_read_ready(context),
-                        };
+                        let ready = ways.legs[from].poll_read_ready(context);
                         if ready.is_pending() {
                             rounds = 0; // the others have their turn
+                            if from == Leg::Wan {
+                                gather(&mut gathering, &ways.legs.wan, ways.connection, context);
+                            }
                         }
                         ready
                     })
@@ -186,10 +186,6 @@ impl<W: Wire> Ways<'_, W> {
             Leg::Lan => self.connection.lan_to_wan(),
             Leg::Wan => self.connection.wan_to_lan(),
         }
-    }
-
-    fn gathering(&self, from: Leg) -> Option<Box<Gathering<'_>>> {
-        (from == Leg::Wan).then(|| Gathering::if_wanted(&self.legs.wan, self.connection)).flatten()
     }
 
     /// Takes what a source has.
@@ -426,4 +422,29 @@ fn retry_interrupted(mut call: impl FnMut() -> rustix::io::Result<usize>) -> io:
 
 pub fn is_unsupported(error: &io::Error) -> bool {
     [Errno::INVAL, Errno::NOSYS].iter().any(|errno| error.raw_os_error() == Some(errno.raw_os_error()))
+}
+
+#[cfg(test)]
+mod tests {
+    use std::io::Write;
+    use std::pin::pin;
+    use std::task::{Context, Waker};
+
+    use super::*;
+    use crate::gather::tests::{gathering_connection, is_readable};
+    use crate::socket::tests::{pair, runtime};
+
+    #[test]
+    fn a_connection_that_gathers_has_the_kernel_wait_for_the_wan_and_not_for_the_lan() {
+        runtime().block_on(async {
+            let ((lan, mut application), (wan, mut far)) = (pair(), pair());
+            let (legs, connection) = (Legs { lan, wan }, gathering_connection(&far, 2));
+            let mut carrying = pin!(relay(&legs, &Clear, &connection));
+            assert!(carrying.as_mut().poll(&mut Context::from_waker(Waker::noop())).is_pending());
+            application.write_all(b"a message").unwrap();
+            far.write_all(b"a message").unwrap();
+            assert!(is_readable(&legs.lan, 60));
+            assert!(!is_readable(&legs.wan, 0));
+        });
+    }
 }

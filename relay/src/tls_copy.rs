@@ -13,7 +13,6 @@ use tokio::io::{Interest, Ready};
 use tokio::time::Sleep;
 
 use crate::connection::{Connection, Flow, Leg, LegError, Legs, Path, Wait, Waiting};
-use crate::gather::Gathering;
 use crate::pipe::{BUFFER_BYTES, give_buffer, take_buffer};
 use crate::record::{ALERT_BYTES, Content, Fault, Records, length_of_first, slots};
 use crate::socket::{TcpStream, close_in_order, shutdown_write};
@@ -55,9 +54,8 @@ pub fn relay<'a>(
                     let _outward = connection.lan_to_wan().waits(Wait::Source);
                     let _inward = connection.wan_to_lan().waits(Wait::Source);
                     let mut awake = pump.records.is_awake().then(|| Box::pin(tokio::time::sleep(AWAKE)));
-                    let mut gathering = Gathering::if_wanted(&legs.wan, connection);
                     poll_fn(|context| {
-                        let ready = pump.poll_bytes(legs, &mut gathering, &mut awake, context);
+                        let ready = pump.poll_bytes(legs, &mut awake, context);
                         if ready.is_pending() {
                             rounds = 0; // the others have their turn
                         }
@@ -382,16 +380,11 @@ impl Pump {
     fn poll_bytes(
         &mut self,
         legs: &Legs,
-        gathering: &mut Option<Box<Gathering<'_>>>,
         awake: &mut Option<Pin<Box<Sleep>>>,
         context: &mut Context<'_>,
     ) -> Poll<Result<(), LegError>> {
         for leg in [Leg::Lan, Leg::Wan] {
-            let ready = match gathering {
-                Some(gathering) if leg == Leg::Wan => gathering.poll_read_ready(context),
-                _ => legs[leg].poll_read_ready(context),
-            };
-            if let Poll::Ready(ready) = ready {
+            if let Poll::Ready(ready) = legs[leg].poll_read_ready(context) {
                 return Poll::Ready(ready.map_err(|error| LegError::new(leg, &error)));
             }
         }

@@ -207,7 +207,8 @@ class Workload:
         family = chain.family()
         before = processes.cpu_s(family)
         answer = self._consumer.ask()
-        return {**answer, "relay_cpu_us": (processes.cpu_s(family) - before) / answer["count"] * 1e6}
+        cpu = processes.cpu_s(family) - before
+        return {**answer, "relay_cpu_us": cpu / max(answer["count"], 1) * 1e6}
 
     @contextlib.contextmanager
     def holding(self, chain: Chain, connections: int) -> Iterator[float]:

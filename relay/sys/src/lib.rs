@@ -111,8 +111,8 @@ pub fn set_max_pacing_rate(socket: impl AsFd, bytes_per_s: u64) -> io::Result<()
     set_option(socket.as_fd(), libc::SO_MAX_PACING_RATE, &bytes_per_s.to_ne_bytes())
 }
 
-/// A socket cannot be read, for whoever waits for that, before so many bytes are there, or the peer's end. If they are, or if
-/// the peer's window has no room for them, the kernel says so anew.
+/// A socket cannot be read, for whoever waits for that, before so many bytes are there, or the peer's end. If they are, the
+/// kernel says so anew; newer ones also if the peer's window has no room for them.
 pub fn set_receive_low_water(socket: impl AsFd, bytes: u32) -> io::Result<()> {
     set_option(socket.as_fd(), libc::SO_RCVLOWAT, &bytes.to_ne_bytes())
 }
