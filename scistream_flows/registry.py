@@ -104,6 +104,8 @@ CREATE INDEX tickets_of_stream ON tickets (stream);
 _INDEXES = (
     "CREATE INDEX IF NOT EXISTS streams_by_phase ON streams (phase, ended_at)",
     "CREATE INDEX IF NOT EXISTS streams_by_name ON streams (uid, role)",
+    # What a claim adds up is in it: the rows, with their documents, stay where they are.
+    "CREATE INDEX IF NOT EXISTS streams_by_owner ON streams (phase, owner)",
 )
 
 Phase = Literal["opening", "open", "ended"]

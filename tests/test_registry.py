@@ -25,6 +25,7 @@ from scistream_flows.registry import KEEP_ENDED_S, Key, Placement, Registry, Rel
 
 KEY = Key("urn:a", "s", "PROD")
 OTHER = Key("urn:b", "s", "PROD")
+INDEXES = {"streams_by_name", "streams_by_owner", "streams_by_phase"}
 
 
 @pytest.fixture
@@ -135,14 +136,26 @@ def test_nothing_looks_through_all_that_has_ended(registry: Registry) -> None:
 
 
 def test_a_registry_that_had_no_indexes_gets_them(registry: Registry) -> None:
-    names = "SELECT name FROM sqlite_master WHERE type = 'index' AND name LIKE 'streams_by_%' ORDER BY name"
+    names = "SELECT name FROM sqlite_master WHERE type = 'index' AND name LIKE 'streams_by_%'"
     with registry._transaction() as db:
-        db.execute("DROP INDEX streams_by_phase")
-        db.execute("DROP INDEX streams_by_name")
+        for name in INDEXES:
+            db.execute(f"DROP INDEX {name}")
     registry.close()
     registry.find(KEY)
     with registry._transaction() as db:
-        assert [one["name"] for one in db.execute(names)] == ["streams_by_name", "streams_by_phase"]
+        assert {one["name"] for one in db.execute(names)} == INDEXES
+
+
+def test_a_claim_adds_up_what_is_open_without_reading_the_documents_of_streams(registry: Registry) -> None:
+    asked: list[str] = []
+    registry._open().set_trace_callback(asked.append)
+    registry.usage("urn:a")
+    registry._open().set_trace_callback(None)
+    with registry._transaction() as db:
+        plans = [db.execute(f"EXPLAIN QUERY PLAN {one}").fetchall() for one in asked if "FROM streams" in one]
+    steps = [step["detail"] for plan in plans for step in plan if "streams" in step["detail"]]
+    assert len(steps) == 3
+    assert all("COVERING INDEX streams_by_owner" in step for step in steps)
 
 
 def test_usage_counts_what_is_open_or_opening(registry: Registry) -> None:

@@ -397,6 +397,8 @@ impl Relay {
             live.proven_targets.push(target);
             let _ = crate::socket::watch(&stream, self.user_timeout());
             live.kept.insert(target, Kept { stream, since: Instant::now(), closed_after: None });
+            drop(live);
+            self.wake_from_rest();
         } else {
             crate::socket::close_in_order(&stream);
         }
@@ -573,6 +575,8 @@ impl Relay {
         live.refused += 1;
         let entry = live.refusals.entry(cause).or_insert((0, source));
         *entry = (entry.0 + 1, source);
+        drop(live);
+        self.wake_from_rest();
     }
 
     /// Says what was turned away since the last time; false if nothing was.
@@ -594,6 +598,14 @@ impl Relay {
             "shortage"
         };
         self.live().refusals.entry(cause).or_insert((0, nobody)).0 += 1;
+        self.wake_from_rest();
+    }
+
+    /// There is something to watch or to say: a relay at rest may sleep for as long as its lease.
+    fn wake_from_rest(&self) {
+        if self.at_rest.load(Ordering::Relaxed) {
+            self.wake.notify_one();
+        }
     }
 
     /// Dead peers will be noticed late, or never: said once, and the connection goes on.
@@ -613,6 +625,12 @@ impl Relay {
         let rests = !connected && self.bytes() == bytes_seen;
         self.at_rest.store(rests, Ordering::Relaxed);
         rests
+    }
+
+    /// Whether a relay at rest has nothing to do before its next deadline either: nothing to say, and no kept connection to watch.
+    pub fn sleeps(&self) -> bool {
+        let live = self.live();
+        live.refusals.is_empty() && live.kept.is_empty()
     }
 
     /// All bytes so far, both ways.
@@ -635,9 +653,11 @@ impl Relay {
         live.lease_end = (Instant::now() + live.lease).min(self.lifetime_end());
         if pass_on && self.config.role == Role::Cons && self.config.mode.proves_keys() {
             live.lease_to_pass_on = Some(live.lease_end);
-            drop(live);
             self.probe_wake.notify_one();
         }
+        drop(live);
+        // It may end sooner than it would have.
+        self.wake.notify_one();
     }
 
     /// Bytes have moved: the lease starts anew.

@@ -58,11 +58,15 @@ pub async fn supervise(relay: &Arc<Relay>) -> End {
         relay.consider(now);
         // Bytes of a connection that has just closed count for the lease from the next tick on, not from a second later.
         let pause = if relay.rests(bytes_seen) { REFUSALS } else { tick };
-        let next = (now + pause).min(relay.next_deadline()).max(now + Duration::from_millis(1));
+        let sleeps = pause == REFUSALS && relay.sleeps();
+        let next = if sleeps { relay.next_deadline() } else { relay.next_deadline().min(now + pause) };
         tokio::select! {
             end = relay.ended() => return end,
             () = relay.wake.notified() => {}
-            () = tokio::time::sleep_until(next.into()) => {}
+            () = tokio::time::sleep_until(next.max(now + Duration::from_millis(1)).into()) => {}
+        }
+        if sleeps {
+            refusals_said = Instant::now(); // the first one waits for its like
         }
     }
 }

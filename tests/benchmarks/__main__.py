@@ -34,7 +34,9 @@ def _groups(_: click.Context, __: click.Parameter, value: str) -> tuple[Group, .
 
 @click.command()
 @click.option(
-    "--full", is_flag=True, help="Longer, more rounds, 10,000 idle connections, 1,000 cycles: about 40 minutes."
+    "--full",
+    is_flag=True,
+    help="Longer, more rounds, 10,000 idle connections, 1,000 cycles: about 40 minutes.",
 )
 @click.option("--only", "groups", default="", callback=_groups, help=f"Some groups: {','.join(GROUPS)}.")
 @click.option(

@@ -29,6 +29,30 @@ def test_renew_extends_the_lease_and_never_beyond_the_lifetime(gateway: Gateway)
     assert 900 < relay.renew(5000)["lease_remaining_s"] <= 1000
 
 
+def turns(relay: Relay) -> int:
+    """How often the relay's threads have gone to sleep."""
+    statuses = [task.joinpath("status").read_text() for task in Path(f"/proc/{relay.pid}/task").iterdir()]
+    return sum(int(one.split("\nvoluntary_ctxt_switches:")[1].split()[0]) for one in statuses)
+
+
+def test_a_relay_at_rest_sleeps_until_somebody_wants_something(gateway: Gateway, apps: Applications) -> None:
+    relay = gateway.start(gateway.config("PROD", "none", lease_s=1000, sources=["127.0.0.1"]))
+    peer = gateway.start(gateway.config("PROD", "none")).public_key
+    relay.update(peers=[{"public_key": peer, "source_addresses": ["127.0.0.1"]}])
+
+    def sleeps() -> bool:
+        before = turns(relay)
+        time.sleep(2.2)
+        return turns(relay) == before
+
+    eventually(sleeps)
+    apps.dial(relay.address()).sendall(b"a stranger".ljust(64))
+    assert eventually(lambda: relay.events("refused"))[0]["cause"] == "preamble"
+    eventually(sleeps)
+    relay.renew(0.5)
+    assert relay.wait_end()["reason"] == "lease_expired"
+
+
 def test_the_lifetime_is_hard(gateway: Gateway, apps: Applications, mode: str) -> None:
     server = apps.listen()
     short = {"lifetime_s": 1.5}
