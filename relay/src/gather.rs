@@ -18,7 +18,7 @@ use crate::socket::TcpStream;
 const GATHERED_S: f64 = 0.002;
 const LUMP_BYTES: u32 = 65_536;
 const MOST_LUMPS: u8 = 4;
-/// Twice that. What comes before a pause of its producer is late by no more than this.
+/// Twice that. What comes before a pause of its producer is late by no more than this, and the millisecond that timers count in.
 const PATIENCE: Duration = Duration::from_millis(4);
 
 /// How much of what comes at this speed is to be waited for; 0 where it would be one lump, and nothing won.

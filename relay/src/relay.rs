@@ -4,7 +4,7 @@
 use std::collections::{BTreeMap, HashMap};
 use std::net::{IpAddr, SocketAddr};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, Once, RwLock};
+use std::sync::{Arc, Mutex, MutexGuard, Once, RwLock};
 use std::time::{Duration, Instant};
 
 use rustls::ServerConfig;
@@ -257,7 +257,7 @@ impl Relay {
         })
     }
 
-    fn live(&self) -> std::sync::MutexGuard<'_, Live> {
+    fn live(&self) -> MutexGuard<'_, Live> {
         lock(&self.live)
     }
 
@@ -573,10 +573,18 @@ impl Relay {
         }
         listener.refused.fetch_add(1, Ordering::Relaxed);
         live.refused += 1;
+        self.is_to_say(live, cause, source);
+    }
+
+    /// Only the first is worth waking for: until it has been said a relay at rest does not sleep.
+    fn is_to_say(&self, mut live: MutexGuard<'_, Live>, cause: &'static str, source: IpAddr) {
+        let first = live.refusals.is_empty();
         let entry = live.refusals.entry(cause).or_insert((0, source));
         *entry = (entry.0 + 1, source);
         drop(live);
-        self.wake_from_rest();
+        if first {
+            self.wake_from_rest();
+        }
     }
 
     /// Says what was turned away since the last time; false if nothing was.
@@ -597,8 +605,7 @@ impl Relay {
         } else {
             "shortage"
         };
-        self.live().refusals.entry(cause).or_insert((0, nobody)).0 += 1;
-        self.wake_from_rest();
+        self.is_to_say(self.live(), cause, nobody);
     }
 
     /// There is something to watch or to say: a relay at rest may sleep for as long as its lease.

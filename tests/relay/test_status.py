@@ -7,6 +7,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
+from functools import partial
 from typing import Any
 
 import pytest
@@ -207,7 +208,7 @@ def test_what_a_stream_that_uses_its_rate_up_says_before_it_pauses_arrives_befor
     consumer, producer = apps.established(server, pair.cons)
     for number in range(3):
         payload = Payload(number, 50_000_011)
-        sending = apps.task(lambda payload=payload: send(producer, payload))  # type: ignore[misc]
+        sending = apps.task(partial(send, producer, payload))
         assert digest(receive_exactly(consumer, payload.size)) == payload.digest()
         sending.result()
         consumer.sendall(b"?")
