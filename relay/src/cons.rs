@@ -15,6 +15,7 @@ use crate::listen::Active;
 use crate::preamble::{ANSWER_BYTES, Answer, Kind, Request, Verdict};
 use crate::relay::{Books, Closing, Dial, NO_PEERS, ProbeResult, Relay};
 use crate::socket::{TcpStream, close_in_order, connect, read_exact, shutdown_write, write_all};
+use crate::timer;
 use crate::tls::{HandshakeError, Session, WHOLE_FLIGHT_BYTES};
 
 /// Between two rounds of probes: short at first, because PROD learns of us a moment after we start.
@@ -131,7 +132,7 @@ async fn call(
         }
         Ok::<_, HandshakeError>((answer, stream, session))
     };
-    let (answer, stream, session) = match tokio::time::timeout(timeout, conversation).await {
+    let (answer, stream, session) = match timer::timeout(timeout, conversation).await {
         Ok(Ok(answered)) => answered,
         // PROD closes on us while it has no peers: it is not ready, or it is no relay.
         Ok(Err(HandshakeError::Io(error))) => return Err(failed("not-ready", Some(errno::of(&error)))),
@@ -167,7 +168,7 @@ pub async fn probe(relay: Arc<Relay>) {
             if relay.lease_to_pass_on().is_some() {
                 // It did not arrive; the far side's lease is not over yet.
                 let again = Duration::from_secs_f64(LONGEST_PAUSE_S);
-                let _ = tokio::time::timeout(again, relay.probe_wake.notified()).await;
+                let _ = timer::timeout(again, relay.probe_wake.notified()).await;
             } else {
                 relay.probe_wake.notified().await;
             }
@@ -177,7 +178,7 @@ pub async fn probe(relay: Arc<Relay>) {
                 .saturating_sub(began.elapsed())
                 .max(Duration::from_secs_f64(FIRST_PAUSE_S));
             // Waking early costs one round of probes; what has changed is probably what they wait for.
-            let _ = tokio::time::timeout(jittered, relay.probe_wake.notified()).await;
+            let _ = timer::timeout(jittered, relay.probe_wake.notified()).await;
             pause_s = (pause_s * PAUSE_GROWTH).min(LONGEST_PAUSE_S);
         }
     }

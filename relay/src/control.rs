@@ -15,6 +15,7 @@ use tokio::task::JoinSet;
 
 use crate::config::{Changes, Config, PROTOCOL, check_seconds};
 use crate::relay::{Reason, Relay};
+use crate::timer;
 
 const LONGEST_REQUEST_BYTES: u64 = 1 << 20;
 const REQUEST_TIMEOUT: Duration = Duration::from_secs(5);
@@ -53,19 +54,18 @@ pub async fn serve(relay: Arc<Relay>, socket: UnixListener) {
         tokio::select! {
             accepted = socket.accept() => match accepted {
                 Ok((stream, _)) if clients.len() < MOST_CLIENTS => {
-                    clients.spawn(tokio::time::timeout(Duration::from_secs(60), attend(relay.clone(), stream)));
+                    clients.spawn(timer::timeout(Duration::from_secs(60), attend(relay.clone(), stream)));
                 }
                 Ok(_) => {}
                 // A shortage of descriptors: nobody could be answered now.
-                Err(_) => tokio::time::sleep(Duration::from_millis(100)).await,
+                Err(_) => timer::sleep(Duration::from_millis(100)).await,
             },
             Some(_) = clients.join_next() => {}
             () = written(&mut record) => break,
         }
     }
     let _ =
-        tokio::time::timeout(Duration::from_secs(1), async { while clients.join_next().await.is_some() {} })
-            .await;
+        timer::timeout(Duration::from_secs(1), async { while clients.join_next().await.is_some() {} }).await;
 }
 
 /// Returns when the end record is there.
@@ -82,7 +82,7 @@ async fn attend(relay: Arc<Relay>, stream: UnixStream) {
     let (reader, mut writer) = stream.into_split();
     let mut line = String::new();
     let mut reader = BufReader::new(reader.take(LONGEST_REQUEST_BYTES));
-    let answer = match tokio::time::timeout(REQUEST_TIMEOUT, reader.read_line(&mut line)).await {
+    let answer = match timer::timeout(REQUEST_TIMEOUT, reader.read_line(&mut line)).await {
         Ok(Ok(_)) => answer(&relay, &line).await,
         _ => return,
     };

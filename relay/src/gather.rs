@@ -9,10 +9,10 @@ use std::task::Context;
 use std::time::Duration;
 
 use s2ds_sys::set_receive_low_water;
-use tokio::time::Sleep;
 
 use crate::connection::Connection;
 use crate::socket::TcpStream;
+use crate::timer::{self, Sleep};
 
 /// What comes in this time is waited for, in lumps, and no more than so many.
 const GATHERED_S: f64 = 0.002;
@@ -38,7 +38,7 @@ impl<'a> Gathering<'a> {
     fn begin(wan: &'a TcpStream, connection: &Connection) -> Option<Box<Gathering<'a>>> {
         let least_bytes = u32::from(connection.gathers()) * LUMP_BYTES;
         (least_bytes > 0 && set_receive_low_water(wan, least_bytes).is_ok())
-            .then(|| Box::new(Gathering { wan, patience: Box::pin(tokio::time::sleep(PATIENCE)) }))
+            .then(|| Box::new(Gathering { wan, patience: Box::pin(timer::sleep(PATIENCE)) }))
     }
 }
 
@@ -139,7 +139,7 @@ pub mod tests {
                 }
                 ready
             });
-            tokio::time::timeout(Duration::from_secs(60), wait).await.expect("in good time").unwrap();
+            timer::timeout(Duration::from_secs(60), wait).await.expect("in good time").unwrap();
             assert_eq!(connection.gathers(), 0);
         });
     }

@@ -22,6 +22,7 @@ use crate::pipe::{Pipe, give_buffer, give_pipe, take_buffer, take_pipe};
 use crate::record::{ALERT, HANDSHAKE, KEPT_RECORDS, KEY_UPDATE, NEW_KEY, OVERHEAD_BYTES};
 use crate::socket::TcpStream;
 use crate::splice::{Cargo, Load, Wire, is_unsupported, splice_in};
+use crate::timer;
 use crate::tls::{Keys, Session};
 
 const LOOPBACK_TIMEOUT: Duration = Duration::from_secs(2);
@@ -363,7 +364,7 @@ impl Wire for KernelSession {
         while written_at_least(wan).map_err(at_wan)? < expected_bytes {
             tokio::select! {
                 _ = wan.ready(Interest::ERROR) => return Err(at_wan(Errno::CONNRESET.into())),
-                () = tokio::time::sleep(pause) => pause = (pause * 2).min(longest),
+                () = timer::sleep(pause) => pause = (pause * 2).min(longest),
             }
         }
         Ok(())

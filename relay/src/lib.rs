@@ -30,6 +30,7 @@ mod runtime_dir;
 mod socket;
 mod splice;
 mod supervise;
+mod timer;
 pub mod tls;
 mod tls_copy;
 mod workers;
@@ -52,6 +53,7 @@ use crate::ktls::KernelTls;
 use crate::relay::{End, Reason, Relay, State};
 use crate::runtime_dir::RuntimeDir;
 use crate::socket::TcpListener;
+use crate::timer::Clock;
 use crate::workers::Workers;
 
 const USAGE: &str = "\
@@ -235,7 +237,7 @@ fn run(configuration: &[u8], directory: &Path, detached: bool) -> ExitCode {
     let null = detached.then(|| std::fs::OpenOptions::new().write(true).open("/dev/null"));
     // From here on nothing is opened, started or bound but what streams need.
     let confinement = confine::confine(Path::new("."), detached);
-    let runtime = match tokio::runtime::Builder::new_current_thread().enable_all().build() {
+    let runtime = match tokio::runtime::Builder::new_current_thread().enable_io().build() {
         Ok(runtime) => runtime,
         Err(error) => {
             return failed(EXIT_FAILED, "io", Some(&errno::of(&error)), &format!("runtime: {error}"));
@@ -252,6 +254,7 @@ fn run(configuration: &[u8], directory: &Path, detached: bool) -> ExitCode {
             listeners.push(listener.clone());
             sockets.push((listener, socket));
         }
+        timer::start(Clock::new().map_err(|error| (errno::of(&error), format!("timer: {error}")))?);
         let workers =
             Arc::new(Workers::start(workers).map_err(|error| (errno::of(&error), error.to_string()))?);
         say(
@@ -340,10 +343,10 @@ async fn close_all(relay: &Relay) {
     }
     let closed = async {
         while !relay.connections().is_empty() {
-            tokio::time::sleep(Duration::from_millis(1)).await;
+            timer::sleep(Duration::from_millis(1)).await;
         }
     };
-    let _ = tokio::time::timeout(CLOSING, closed).await;
+    let _ = timer::timeout(CLOSING, closed).await;
 }
 
 /// SIGTERM and SIGINT drain; the second one ends. SIGHUP is nobody's word here.

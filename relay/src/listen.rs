@@ -17,6 +17,7 @@ use crate::errno;
 use crate::pipe::LEAST_PIPES;
 use crate::relay::{Listener, NO_PEERS, Relay};
 use crate::socket::{TcpListener, prepare, watch};
+use crate::timer;
 use crate::workers::{DESCRIPTORS_OF_A_RUNTIME, Workers};
 use crate::{carry, cons, prod};
 
@@ -207,7 +208,7 @@ pub async fn serve(
             Err(error) if errno::is_shortage(&error) => {
                 relay.say_shortage(&error);
                 tokio::select! {
-                    () = tokio::time::sleep(PAUSE) => {}
+                    () = timer::sleep(PAUSE) => {}
                     () = &mut closes => return,
                 }
             }

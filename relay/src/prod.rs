@@ -16,6 +16,7 @@ use crate::listen::{Active, Ticket};
 use crate::preamble::{Answer, Kind, MAGIC, REQUEST_BYTES, Request, Verdict};
 use crate::relay::{Books, Closing, Listener, ProbeResult, Relay};
 use crate::socket::{TcpStream, close_in_order, connect, has_failed, read_exact, shutdown_write, write_all};
+use crate::timer;
 use crate::tls::{HandshakeError, Session, least_record_bytes};
 
 /// An application that has sent something and closed within this time after it was connected had a session, a short one.
@@ -55,7 +56,7 @@ async fn admit<'a>(
     source: SocketAddr,
     ticket: Ticket,
 ) -> Option<(Wan<'a>, Kind, SocketAddr)> {
-    let greeting = tokio::time::timeout(relay.handshake_timeout(), greet(relay, &stream, source)).await;
+    let greeting = timer::timeout(relay.handshake_timeout(), greet(relay, &stream, source)).await;
     drop(ticket);
     let (session, request) = match greeting {
         Ok(Ok(greeted)) => greeted,
@@ -170,7 +171,7 @@ async fn target_for_probe(relay: &Relay, listener: &Listener) -> Option<SocketAd
     let _held = Held::enter(&listener.held)?;
     tokio::select! {
         target = relay.target_comes(listener.index) => Some(target),
-        () = tokio::time::sleep(relay.handshake_timeout().mul_f64(HELD_PART).min(LONGEST_HELD)) => None,
+        () = timer::sleep(relay.handshake_timeout().mul_f64(HELD_PART).min(LONGEST_HELD)) => None,
         () = relay.closes_listeners() => None,
     }
 }
@@ -320,7 +321,7 @@ pub async fn prove_targets(relay: Arc<Relay>) {
                 break;
             }
             // A newer update is worth another look at once.
-            let _ = tokio::time::timeout(pause, relay.probe_wake.notified()).await;
+            let _ = timer::timeout(pause, relay.probe_wake.notified()).await;
             pause = (pause * 2).min(LONGEST_PAUSE);
         }
     }
@@ -378,7 +379,7 @@ impl Wan<'_> {
                 }
             }
         };
-        match tokio::time::timeout(timeout, hand_over).await {
+        match timer::timeout(timeout, hand_over).await {
             Ok(Ok(())) => Ok((self.stream, self.session)),
             Ok(Err(HandshakeError::Io(error))) => Err(errno::of(&error)),
             Ok(Err(HandshakeError::Tls(error))) => Err(error.to_string()),

@@ -16,6 +16,7 @@ use tokio::io::unix::AsyncFd;
 use tokio::io::{Interest, Ready};
 
 use crate::congestion::Congestion;
+use crate::timer;
 
 /// A side that only receives has nothing unacknowledged, so TCP_USER_TIMEOUT alone would never find its peer gone. It asks
 /// after a third of that time, and again and again; TCP_USER_TIMEOUT ends it then, in place of a number of probes.
@@ -96,7 +97,7 @@ pub async fn connect(
         _ => {}
     }
     let stream = TcpStream::watched(socket.into())?;
-    match tokio::time::timeout(timeout, stream.writable()).await {
+    match timer::timeout(timeout, stream.writable()).await {
         Ok(connected) => connected?,
         Err(_) => return Err(io::ErrorKind::TimedOut.into()),
     }
@@ -106,12 +107,15 @@ pub async fn connect(
     }
 }
 
-/// Has the runtime that this is called in watch a socket for everything.
-fn watched<T: AsRawFd>(socket: T) -> io::Result<AsyncFd<T>> {
-    // What the library warns of is a value that names another descriptor later. These two types never do, and nobody outside
-    // this file can exchange them; the form that it offers instead is unsafe.
+/// Everything that a socket is watched for.
+const EVERYTHING: Interest = Interest::READABLE.add(Interest::WRITABLE).add(Interest::PRIORITY);
+
+/// Has the runtime that this is called in watch a descriptor.
+pub fn watched<T: AsRawFd>(descriptor: T, interest: Interest) -> io::Result<AsyncFd<T>> {
+    // What the library warns of is a value that names another descriptor later. The types that this is called with never do, and
+    // nobody can exchange what is watched; the form that it offers instead is unsafe.
     #[allow(deprecated)]
-    AsyncFd::with_interest(socket, Interest::READABLE | Interest::WRITABLE | Interest::PRIORITY)
+    AsyncFd::with_interest(descriptor, interest)
 }
 
 /// A connected socket and what the runtime of its worker knows of it. As the library's own, which does not hear of urgent bytes
@@ -121,7 +125,7 @@ pub struct TcpStream(AsyncFd<std::net::TcpStream>);
 impl TcpStream {
     /// The socket is nonblocking; it belongs to the worker in whose runtime this is called.
     pub fn watched(socket: std::net::TcpStream) -> io::Result<TcpStream> {
-        watched(socket).map(TcpStream)
+        watched(socket, EVERYTHING).map(TcpStream)
     }
 
     /// To be watched by another worker.
@@ -226,7 +230,7 @@ pub struct TcpListener(AsyncFd<std::net::TcpListener>);
 impl TcpListener {
     /// The socket is nonblocking.
     pub fn watched(socket: std::net::TcpListener) -> io::Result<TcpListener> {
-        watched(socket).map(TcpListener)
+        watched(socket, EVERYTHING).map(TcpListener)
     }
 
     /// The next connection, nonblocking and watched by nobody, and where it comes from.
@@ -294,7 +298,11 @@ pub mod tests {
     const DEADLINE: Duration = Duration::from_secs(10);
 
     pub fn runtime() -> Runtime {
-        Builder::new_current_thread().enable_all().build().unwrap()
+        let runtime = Builder::new_current_thread().enable_io().build().unwrap();
+        let entered = runtime.enter();
+        timer::start(timer::Clock::new().unwrap());
+        drop(entered);
+        runtime
     }
 
     /// A socket as a relay has it, and the peer.
@@ -308,7 +316,7 @@ pub mod tests {
     }
 
     async fn within<T>(future: impl Future<Output = io::Result<T>>) -> T {
-        tokio::time::timeout(DEADLINE, future).await.expect("in time").unwrap()
+        timer::timeout(DEADLINE, future).await.expect("in time").unwrap()
     }
 
     /// Waits until so many bytes can be read, without reading them.
@@ -318,7 +326,7 @@ pub mod tests {
             .map_or(0, |(seen, _)| seen)
             < count
         {
-            tokio::time::sleep(Duration::from_millis(1)).await;
+            timer::sleep(Duration::from_millis(1)).await;
         }
     }
 

@@ -15,6 +15,7 @@ use crate::connection::{Connection, Flow, Leg, LegError, Legs, Path, Wait};
 use crate::gather::gather;
 use crate::pipe::{BUFFER_BYTES, PIPE_BYTES, Pipe, give_buffer, give_pipe, take_buffer, take_pipe};
 use crate::socket::{TcpStream, close_in_order, shutdown_write};
+use crate::timer;
 
 /// A source that has been reset may still have bytes on their way to a reader that reads; a reader that takes nothing for this
 /// long will not miss them.
@@ -221,7 +222,7 @@ impl<W: Wire> Ways<'_, W> {
         tokio::select! {
             biased;
             room = destination.writable() => room.map_err(|error| LegError::new(to, &error)),
-            _ = source.ready(Interest::ERROR) => match tokio::time::timeout(FLUSH, destination.writable()).await {
+            _ = source.ready(Interest::ERROR) => match timer::timeout(FLUSH, destination.writable()).await {
                 Ok(room) => room.map_err(|error| LegError::new(to, &error)),
                 Err(_) => Err(LegError::new(from, &Errno::CONNRESET.into())),
             },

@@ -8,6 +8,7 @@ use crate::connection::{Connection, Leg, lock};
 use crate::pace::{self, Pacer};
 use crate::relay::{End, Relay};
 use crate::socket::watch;
+use crate::timer;
 
 /// How often connections are looked at while there are any.
 const TICK: Duration = Duration::from_millis(250);
@@ -63,7 +64,7 @@ pub async fn supervise(relay: &Arc<Relay>) -> End {
         tokio::select! {
             end = relay.ended() => return end,
             () = relay.wake.notified() => {}
-            () = tokio::time::sleep_until(next.max(now + Duration::from_millis(1)).into()) => {}
+            () = timer::sleep_until(next.max(now + Duration::from_millis(1))) => {}
         }
         if sleeps {
             refusals_said = Instant::now(); // the first one waits for its like

@@ -10,13 +10,13 @@ use std::time::Duration;
 
 use rustls::AlertDescription;
 use tokio::io::{Interest, Ready};
-use tokio::time::Sleep;
 
 use crate::connection::{Connection, Flow, Leg, LegError, Legs, Path, Wait, Waiting};
 use crate::pipe::{BUFFER_BYTES, give_buffer, take_buffer};
 use crate::record::{ALERT_BYTES, Content, Fault, Records, length_of_first, slots};
 use crate::socket::{TcpStream, close_in_order, shutdown_write};
 use crate::splice::FLUSH;
+use crate::timer::{self, Sleep};
 use crate::tls::{HEADER_BYTES, LONGEST_RECORD_BYTES, Session};
 
 /// As in `splice`; a round is smaller here, and dearer.
@@ -53,7 +53,7 @@ pub fn relay<'a>(
                 if pump.is_idle() {
                     let _outward = connection.lan_to_wan().waits(Wait::Source);
                     let _inward = connection.wan_to_lan().waits(Wait::Source);
-                    let mut awake = pump.records.is_awake().then(|| Box::pin(tokio::time::sleep(AWAKE)));
+                    let mut awake = pump.records.is_awake().then(|| Box::pin(timer::sleep(AWAKE)));
                     poll_fn(|context| {
                         let ready = pump.poll_bytes(legs, &mut awake, context);
                         if ready.is_pending() {
@@ -410,7 +410,7 @@ impl Pump {
         let (leg, ready) = tokio::select! {
             ready = lan.ready(lan_wants) => (Leg::Lan, ready),
             ready = wan.ready(wan_wants) => (Leg::Wan, ready),
-            () = tokio::time::sleep(AWAKE), if self.records.is_awake() => {
+            () = timer::sleep(AWAKE), if self.records.is_awake() => {
                 self.records.rest();
                 return Ok(());
             }
@@ -428,7 +428,7 @@ impl Pump {
         // This leg was reset while the other one is full: what is under way gets its bounded time.
         let (other, other_wants) = if leg == Leg::Lan { (wan, wan_wants) } else { (lan, lan_wants) };
         let rest = other_wants.remove(Interest::ERROR).unwrap_or(Interest::WRITABLE);
-        match tokio::time::timeout(FLUSH, other.ready(rest)).await {
+        match timer::timeout(FLUSH, other.ready(rest)).await {
             Ok(_) => Ok(()),
             Err(_) => Err(LegError::new(leg, &rustix::io::Errno::CONNRESET.into())),
         }

@@ -8,9 +8,10 @@ use tokio::runtime::{Builder, Handle};
 use tokio::sync::watch;
 
 use crate::socket::TcpStream;
+use crate::timer::{self, Clock};
 
-/// What a worker has open before it carries anything: epoll, its wakers and its share of the signals.
-pub const DESCRIPTORS_OF_A_RUNTIME: u64 = 6;
+/// What a worker has open before it carries anything: epoll, its wakers, its clock and its share of the signals.
+pub const DESCRIPTORS_OF_A_RUNTIME: u64 = 7;
 
 pub struct Workers {
     handles: Vec<Handle>,
@@ -25,11 +26,16 @@ impl Workers {
         let (running, _) = watch::channel(());
         let mut handles = vec![Handle::current()];
         for number in 1..count {
-            let runtime = Builder::new_current_thread().enable_all().build()?;
+            let runtime = Builder::new_current_thread().enable_io().build()?;
+            let clock = {
+                let _at_worker = runtime.enter();
+                Clock::new()?
+            };
             handles.push(runtime.handle().clone());
             let mut stop = running.subscribe();
             std::thread::Builder::new().name(format!("worker-{number}")).spawn(move || {
                 runtime.block_on(async move {
+                    timer::start(clock);
                     let _ = stop.changed().await;
                 });
             })?;
@@ -63,7 +69,7 @@ mod tests {
 
     #[test]
     fn what_a_worker_cannot_watch_is_an_error_and_gets_no_task() {
-        Builder::new_current_thread().enable_all().build().unwrap().block_on(async {
+        Builder::new_current_thread().enable_io().build().unwrap().block_on(async {
             let workers = Workers::start(2).unwrap();
             for _ in 0..2 {
                 // epoll takes no regular file, as it takes no socket when it is out of memory.
