@@ -14,9 +14,9 @@ use crate::errno;
 use crate::listen::Active;
 use crate::preamble::{ANSWER_BYTES, Answer, Kind, Request, Verdict};
 use crate::relay::{Books, Closing, Dial, NO_PEERS, ProbeResult, Relay};
-use crate::socket::{TcpStream, close_in_order, connect, read_exact, shutdown_write, write_all};
+use crate::socket::{First, TcpStream, close_in_order, connect, read_exact, shutdown_write, write_all};
 use crate::timer;
-use crate::tls::{HandshakeError, Session, WHOLE_FLIGHT_BYTES};
+use crate::tls::{ALERT_BYTES, HandshakeError, Session, WHOLE_FLIGHT_BYTES, least_record_bytes};
 
 /// Between two rounds of probes: short at first, because PROD learns of us a moment after we start.
 const FIRST_PAUSE_S: f64 = 0.02;
@@ -66,7 +66,7 @@ async fn call(
         at: Instant::now(),
     };
     let source = relay.config.onward_source;
-    let dialled = || connect(dial.address, source, relay.connect_timeout(), &relay.congestion);
+    let dialled = || connect(dial.address, source, relay.connect_timeout(), &relay.congestion, First::We);
     let mut stream = dialled().await.map_err(|error| {
         let result = match error.kind() {
             io::ErrorKind::ConnectionRefused => "refused",
@@ -99,11 +99,17 @@ async fn call(
         let request =
             Request { kind, mode: relay.config.mode, relay_id: dial.relay_id, listener: dial.index, lease_s };
         let mut message = [0; ANSWER_BYTES];
+        // In mode `auth` TLS ends in both directions with the request and with its answer.
+        let ends = relay.config.mode == Mode::Auth && kind == Kind::Data;
         match &mut session {
             Some(session) => {
                 session.send(&request.encode())?;
+                if ends {
+                    session.send_close_notify()?;
+                }
                 session.flush(&stream).await?;
-                session.read_exact(&stream, &mut message).await?;
+                let behind_bytes = if ends { least_record_bytes(ALERT_BYTES) } else { 0 };
+                session.read_exact(&stream, &mut message, behind_bytes).await?;
             }
             None => {
                 write_all(&stream, &request.encode()).await?;
@@ -113,14 +119,11 @@ async fn call(
         let answer = Answer::decode(&message);
         let go_on = kind == Kind::Data && answer.is_some_and(|answer| answer.verdict == Verdict::Ok);
         match &mut session {
-            // Both directions of TLS end here; PROD's close_notify follows its answer.
-            Some(client) if go_on && relay.config.mode == Mode::Auth => {
-                client.send_close_notify()?;
-                client.flush(&stream).await?;
+            Some(client) if go_on && ends => {
                 client.read_close_notify(&stream).await?;
                 session = None;
             }
-            Some(client) if !go_on => {
+            Some(client) if !go_on && !ends => {
                 client.send_close_notify()?;
                 client.flush(&stream).await?;
             }

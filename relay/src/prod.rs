@@ -14,10 +14,12 @@ use crate::connection::Legs;
 use crate::errno;
 use crate::listen::{Active, Ticket};
 use crate::preamble::{Answer, Kind, MAGIC, REQUEST_BYTES, Request, Verdict};
-use crate::relay::{Books, Closing, Listener, ProbeResult, Relay};
-use crate::socket::{TcpStream, close_in_order, connect, has_failed, read_exact, shutdown_write, write_all};
+use crate::relay::{Books, Closing, Kept, Listener, ProbeResult, Relay};
+use crate::socket::{
+    First, TcpStream, close_in_order, connect, has_failed, read_exact, shutdown_write, write_all,
+};
 use crate::timer;
-use crate::tls::{HandshakeError, Session, least_record_bytes};
+use crate::tls::{ALERT_BYTES, HandshakeError, Session, least_record_bytes};
 
 /// An application that has sent something and closed within this time after it was connected had a session, a short one.
 const WHOLE_SESSION: Duration = Duration::from_secs(5);
@@ -41,7 +43,8 @@ pub async fn begin(
 ) -> Option<Begun> {
     let (wan, kind, target) = admit(&relay, &listener, stream, source, ticket).await?;
     match kind {
-        Kind::Data => return begin_data(wan, listener, source, target).await,
+        // Boxed, so that what waits for its handshake takes less than a kilobyte, which the allocator has at hand.
+        Kind::Data => return Box::pin(begin_data(wan, listener, source, target)).await,
         Kind::ProbePath => wan.pass(&listener, Kind::ProbePath).await,
         Kind::ProbeTarget => serve_probe(wan, listener, target).await,
     }
@@ -132,8 +135,9 @@ async fn greet(
         let config = relay.server_config();
         let session = Session::server(config).map_err(|error| cause(HandshakeError::Tls(error)))?;
         let mut session = Box::new(session);
-        session.handshake(stream, least_record_bytes(REQUEST_BYTES)).await.map_err(cause)?;
-        session.read_exact(stream, &mut message).await.map_err(cause)?;
+        // Boxed, here and below: what has no session, as in mode `none`, needs no memory for it.
+        Box::pin(session.handshake(stream, least_record_bytes(REQUEST_BYTES))).await.map_err(cause)?;
+        Box::pin(session.read_exact(stream, &mut message, 0)).await.map_err(cause)?;
         // The handshake admits any current peer's key; this one must also come from where its owner said.
         let key = session.peer_key().filter(|key| relay.admits_peer(*key, source.ip()));
         admitted = key.is_some();
@@ -250,7 +254,8 @@ async fn answer(mut wan: Wan<'_>, target: SocketAddr) -> Result<(Legs, Option<Bo
 }
 
 async fn onward(relay: &Relay, target: SocketAddr) -> io::Result<TcpStream> {
-    connect(target, relay.config.onward_source, relay.connect_timeout(), &relay.congestion).await
+    connect(target, relay.config.onward_source, relay.connect_timeout(), &relay.congestion, First::Anyone)
+        .await
 }
 
 /// The connection that a probe left, or a new one.
@@ -259,7 +264,13 @@ async fn onward(relay: &Relay, target: SocketAddr) -> io::Result<TcpStream> {
 /// whole session: nothing of it may be lost. If it did so later, it has waited in vain (ZeroMQ closes after 30 s without a
 /// greeting) and is asked anew; should it be gone, what it left is all there is.
 async fn first_or_fresh(relay: &Relay, target: SocketAddr) -> io::Result<TcpStream> {
-    let Some(kept) = relay.take_kept(target) else { return onward(relay, target).await };
+    match relay.take_kept(target) {
+        Some(kept) => Box::pin(kept_or_fresh(relay, target, kept)).await,
+        None => onward(relay, target).await,
+    }
+}
+
+async fn kept_or_fresh(relay: &Relay, target: SocketAddr, kept: Kept) -> io::Result<TcpStream> {
     // The worker that probed watches it.
     let stream = TcpStream::watched(kept.stream.into_std())?;
     let Some(closed_after) = kept.closed_after else { return Ok(stream) };
@@ -337,8 +348,8 @@ struct Wan<'a> {
 impl Wan<'_> {
     /// Answers and closes in order, so that the answer arrives even if a segment is lost on the way.
     async fn refuse(mut self, verdict: Verdict) {
-        let _ = self.answer(Answer::of(verdict)).await;
-        self.close().await;
+        let _ = self.end_with(Answer::of(verdict)).await;
+        self.close();
     }
 
     async fn unreachable(&mut self, target: SocketAddr, error: &io::Error) {
@@ -350,15 +361,15 @@ impl Wan<'_> {
             at: Instant::now(),
         });
         let answer = Answer { errno: errno::number(error) as u16, ..Answer::of(Verdict::Unreachable) };
-        let _ = self.answer(answer).await;
-        self.close().await;
+        let _ = self.end_with(answer).await;
+        self.close();
     }
 
     async fn pass(mut self, listener: &Listener, kind: Kind) {
-        if self.answer(Answer::of(Verdict::Ok)).await.is_ok() {
+        if self.end_with(Answer::of(Verdict::Ok)).await.is_ok() {
             self.relay.probed(listener.index, kind);
         }
-        self.close().await;
+        self.close();
     }
 
     /// Says ok; what follows is payload. In mode `auth` both sides end TLS here.
@@ -368,11 +379,9 @@ impl Wan<'_> {
             match self.relay.config.mode {
                 Mode::None | Mode::Tls => self.answer(Answer::of(Verdict::Ok)).await,
                 Mode::Auth => {
-                    self.answer(Answer::of(Verdict::Ok)).await?;
+                    self.end_with(Answer::of(Verdict::Ok)).await?;
                     if let Some(session) = &mut self.session {
-                        session.send_close_notify()?;
-                        session.flush(&self.stream).await?;
-                        session.read_close_notify(&self.stream).await?;
+                        Box::pin(session.read_close_notify(&self.stream)).await?;
                     }
                     self.session = None;
                     Ok(())
@@ -387,24 +396,35 @@ impl Wan<'_> {
         }
     }
 
-    async fn answer(&mut self, mut answer: Answer) -> Result<(), HandshakeError> {
+    /// Answers; payload follows.
+    async fn answer(&mut self, answer: Answer) -> Result<(), HandshakeError> {
+        self.say(answer, false).await
+    }
+
+    /// Answers, and ends this direction of TLS in the same flight.
+    async fn end_with(&mut self, answer: Answer) -> Result<(), HandshakeError> {
+        self.say(answer, true).await
+    }
+
+    async fn say(&mut self, mut answer: Answer, is_last: bool) -> Result<(), HandshakeError> {
         answer.lease_s = self.relay.lease_remaining_s() as u32;
         match &mut self.session {
             Some(session) => {
                 session.send(&answer.encode())?;
-                session.flush(&self.stream).await?;
+                if is_last {
+                    session.send_close_notify()?;
+                }
+                Box::pin(session.flush(&self.stream)).await?;
             }
             None => write_all(&self.stream, &answer.encode()).await?,
         }
         Ok(())
     }
 
-    async fn close(&mut self) {
-        if let Some(session) = &mut self.session {
-            if session.send_close_notify().is_ok() {
-                let _ = session.flush(&self.stream).await;
-            }
-        }
+    fn close(&self) {
+        // CONS may have ended TLS behind its request. With that unread, closing would be a reset, and could overtake the answer.
+        let _ =
+            rustix::net::recv(&self.stream, &mut [0; least_record_bytes(ALERT_BYTES)], RecvFlags::DONTWAIT);
         let _ = shutdown_write(&self.stream);
         close_in_order(&self.stream);
     }

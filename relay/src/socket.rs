@@ -77,6 +77,15 @@ pub fn shutdown_write(socket: impl AsFd) -> io::Result<()> {
     }
 }
 
+/// Who speaks first on a connection that is made.
+pub enum First {
+    /// The kernel lets the end of TCP's handshake wait for what we send: one segment in place of two, and whoever accepts finds
+    /// something to read.
+    We,
+    /// Perhaps the peer, who must hear of us at once.
+    Anyone,
+}
+
 /// Connects to a numeric address within `timeout`, from `source` if one is given. The error is the kernel's own (from connect
 /// or SO_ERROR, never from poll flags) or TimedOut.
 pub async fn connect(
@@ -84,11 +93,16 @@ pub async fn connect(
     source: Option<IpAddr>,
     timeout: Duration,
     congestion: &Congestion,
+    first: First,
 ) -> io::Result<TcpStream> {
     let socket =
         Socket::new(Domain::for_address(address), Type::STREAM.nonblocking().cloexec(), Some(Protocol::TCP))?;
     prepare(&socket)?;
     congestion.begin(&socket);
+    if let First::We = first {
+        // Where this is not to be had, there is one more segment.
+        let _ = sockopt::set_tcp_quickack(&socket, false);
+    }
     if let Some(source) = source {
         socket.bind(&SocketAddr::new(source, 0).into())?;
     }
@@ -97,11 +111,13 @@ pub async fn connect(
         _ => {}
     }
     let stream = TcpStream::watched(socket.into())?;
-    match timer::timeout(timeout, stream.writable()).await {
-        Ok(connected) => connected?,
+    let ready = match timer::timeout(timeout, stream.ready(Interest::WRITABLE | Interest::ERROR)).await {
+        Ok(ready) => ready?,
         Err(_) => return Err(io::ErrorKind::TimedOut.into()),
-    }
-    match stream.0.get_ref().take_error()? {
+    };
+    // A socket that has failed says so, some kernels even of one that has not: its own word counts.
+    let failed = ready.is_error() || ready.is_write_closed();
+    match if failed { stream.0.get_ref().take_error()? } else { None } {
         None => Ok(stream),
         Some(error) => Err(error),
     }

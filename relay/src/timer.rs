@@ -9,11 +9,12 @@ use std::collections::BTreeMap;
 use std::future::Future;
 use std::io;
 use std::os::fd::OwnedFd;
-use std::pin::{Pin, pin};
+use std::pin::Pin;
 use std::sync::Arc;
 use std::task::{Context, Poll, Waker};
 use std::time::{Duration, Instant};
 
+use pin_project_lite::pin_project;
 use rustix::time::{
     Itimerspec, TimerfdClockId, TimerfdFlags, TimerfdTimerFlags, Timespec, timerfd_create, timerfd_settime,
 };
@@ -180,17 +181,30 @@ impl Drop for Sleep {
 #[derive(Debug)]
 pub struct Elapsed;
 
+pin_project! {
+    /// What `timeout` answers. By hand, because an async function would keep the future twice.
+    pub struct Timeout<F> {
+        #[pin]
+        future: F,
+        elapsed: Sleep,
+    }
+}
+
 /// Waits for a future, for so long at most.
-pub async fn timeout<F: Future>(limit: Duration, future: F) -> Result<F::Output, Elapsed> {
-    let mut future = pin!(future);
-    let mut elapsed = sleep(limit);
-    std::future::poll_fn(move |context| {
-        if let Poll::Ready(output) = future.as_mut().poll(context) {
+pub fn timeout<F: Future>(limit: Duration, future: F) -> Timeout<F> {
+    Timeout { future, elapsed: sleep(limit) }
+}
+
+impl<F: Future> Future for Timeout<F> {
+    type Output = Result<F::Output, Elapsed>;
+
+    fn poll(self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<Self::Output> {
+        let this = self.project();
+        if let Poll::Ready(output) = this.future.poll(context) {
             return Poll::Ready(Ok(output));
         }
-        Pin::new(&mut elapsed).poll(context).map(|()| Err(Elapsed))
-    })
-    .await
+        Pin::new(this.elapsed).poll(context).map(|()| Err(Elapsed))
+    }
 }
 
 #[cfg(test)]

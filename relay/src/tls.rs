@@ -24,7 +24,7 @@ pub const HEADER_BYTES: usize = 5;
 pub const LONGEST_RECORD_BYTES: usize = 16384 + 256;
 /// Content type, padding, tag and header, generously, for each 16 KiB record.
 const RECORD_OVERHEAD_BYTES: usize = 64;
-const ALERT_BYTES: usize = 2;
+pub const ALERT_BYTES: usize = 2;
 /// Content type and tag, of any cipher.
 const LEAST_OVERHEAD_BYTES: usize = 1 + 16;
 /// Until PROD has the Finished of CONS it says nothing but its own flight, so all that there is belongs to it.
@@ -417,15 +417,21 @@ impl Session {
         }
     }
 
-    /// Receives exactly `buffer.len()` bytes of plaintext, and no record behind the last of them.
-    pub async fn read_exact(&mut self, stream: &TcpStream, buffer: &mut [u8]) -> Result<(), HandshakeError> {
+    /// Receives exactly `buffer.len()` bytes of plaintext, and no record behind the last of them but the `behind_bytes` that are
+    /// there for certain and belong to the session.
+    pub async fn read_exact(
+        &mut self,
+        stream: &TcpStream,
+        buffer: &mut [u8],
+        behind_bytes: usize,
+    ) -> Result<(), HandshakeError> {
         self.take_incoming()?;
         while self.plain.len() < buffer.len() {
             if self.peer_closed {
                 return Err(HandshakeError::Io(io::ErrorKind::UnexpectedEof.into()));
             }
             // In however many records they come: shorter than in one they cannot be.
-            self.read(stream, least_record_bytes(buffer.len() - self.plain.len()), 0).await?;
+            self.read(stream, least_record_bytes(buffer.len() - self.plain.len()), behind_bytes).await?;
             self.take_incoming()?;
         }
         let rest = self.plain.split_off(buffer.len());

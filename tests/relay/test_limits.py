@@ -62,7 +62,7 @@ def test_a_configuration_that_does_not_fit_is_refused_with_the_number_that_is_ne
     limited: Limited, verb: str
 ) -> None:
     size = {"max_connections": 500, "workers": 3, "listen": {"indices": [0, 1]}}
-    needed = 144 + 2 + 22 * 3 + 2 * 500 * 2
+    needed = 144 + 2 + 23 * 3 + 2 * 500 * 2
     gateway = limited(f"ulimit -n {needed - 1}")
     with pytest.raises(RefusedError) as refusal:
         gateway.verb(verb, document=gateway.config("PROD", "tls", **size))
@@ -95,7 +95,7 @@ def test_full_pipes_take_no_connection_its_descriptors(limited: Limited, apps: A
     """Whose readers stand still may fill pipes as long as there are some to spare; then bytes are copied."""
     most, stuck = 64, 50
     size = {"workers": 1, "max_connections": most}
-    scarce = limited(f"ulimit -n {144 + 1 + 22 + 2 * most}")
+    scarce = limited(f"ulimit -n {144 + 1 + 23 + 2 * most}")
     server = apps.listen()
     small_windows(server)
     pair = scarce.pair("none", [server.getsockname()], prod=size, cons=size)
@@ -140,7 +140,7 @@ def test_where_descriptors_are_few_a_peer_may_still_open_all_its_connections_at_
 ) -> None:
     """As many as may be open may wait; with all of them open, only the few that are left over."""
     few, size = 60, {"max_connections": 60, "workers": 1, "handshake_timeout_s": 300}
-    scarce = limited(f"ulimit -n {144 + 1 + 22 + 2 * few}")
+    scarce = limited(f"ulimit -n {144 + 1 + 23 + 2 * few}")
     server = apps.listen()
     prod = scarce.start(scarce.config("PROD", "tls", targets=[join(server.getsockname())], **size))
     cons = gateway.start(gateway.config("CONS", "tls", peers=[gateway.peer_of(prod)], **size))
