@@ -5,7 +5,7 @@ from __future__ import annotations
 import statistics
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Final, TypeVar
+from typing import Final, Literal, TypeVar
 
 from .results import Bulk, Carried, Connects, Idle, Latency, Many, Opening, Rate, Results, Slow
 
@@ -151,15 +151,21 @@ def _peers_of(mode: str) -> tuple[str, ...]:
     return ("stunnel", "haproxy-tls") if mode == "tls" else CLEAR_PEERS
 
 
+def round_trips(results: Results, cores: Literal["one", "all"]) -> list[Latency]:
+    """Those that had so many."""
+    return [run for run in of(results, Latency) if run.cores == cores]
+
+
 def _latency(results: Results) -> Iterable[Verdict]:
-    runs = of(results, Latency)
+    # On several cores it depends on where the scheduler has the four processes, more than on what they do.
+    runs = round_trips(results, "one")
     for mode in ("none", "auth", "tls"):
         for name, figure in (
             ("round trip p50", lambda run: run.p50_us),
             ("round trip p99", lambda run: run.p99_us),
         ):
             worst = _worst(runs, mode, _peers_of(mode), figure, most=True)
-            yield Verdict(name, f"{mode} / best peer", worst, 1.0, 1.0)
+            yield Verdict(name, f"{mode} / best peer, one core", worst, 1.0, 1.0)
 
 
 def _connects(results: Results) -> Iterable[Verdict]:

@@ -35,7 +35,8 @@ class Plan:
     Attributes:
         elsewhere_kinds: What is measured with one hop and between namespaces.
         seconds: Of one transfer: so long that what 64 connections cost at their ends does not count.
-        short_s, short_rounds: Of round trips, and of connections one after the other: shorter than a machine's moods.
+        short_s, short_rounds: Of round trips, and of connections one after the other: shorter than its moods.
+        short_sets: How often round trips on one core have new processes: where one lies in memory is some per cent.
         slow_kinds: What has the slow consumer.
         rates_mbits_per_s: For streams with a rate.
         rate_s: Of one transfer of these: longer than a second by what the first half second and some windows take.
@@ -52,7 +53,8 @@ class Plan:
     rounds: int = 3
     seconds: float = 0.5
     short_s: float = 0.2
-    short_rounds: int = 7
+    short_rounds: int = 6
+    short_sets: int = 2
     connections: tuple[int, ...] = (1, 5, 16, 64)
     elsewhere: tuple[int, ...] = (1, 16)
     at_once_connects: int = 32
@@ -81,6 +83,7 @@ FULL: Final = Plan(
     seconds=1.5,
     short_s=0.4,
     short_rounds=30,
+    short_sets=6,
     elsewhere=(1, 5, 16, 64),
     idle=(2000, 10_000),
     slow_s=3.0,
@@ -217,6 +220,7 @@ def _two_hops(
     measure: Callable[[Workload, Chain, Carried], Run],
     *,
     rounds: int,
+    first_round: int = 0,
 ) -> None:
     """A group on loopback, over chains that stand all the time."""
     with _workload(LOOPBACK) as load, standing(bench, kinds, Wish(LOOPBACK, load.target)) as chains:
@@ -227,19 +231,29 @@ def _two_hops(
                         relay=kind.name,
                         hops=2,
                         connections=connections,
-                        round=number,
+                        round=first_round + number,
                         load_average=load_average(),
                     )
                     bench.runs.append(measure(load, chains[kind.name], frame))
 
 
 def latency(bench: Bench) -> None:
-    """Round trips of 64 bytes."""
+    """Round trips of 64 bytes: all processes on one core, and where the scheduler has them."""
+    plan, kinds = bench.plan, bench.kinds(hops=2)
 
-    def measure(load: Workload, chain: Chain, frame: Carried) -> Run:
-        return Latency(**frame.model_dump(), **load.round_trips(chain, duration_s=bench.plan.short_s))
+    def on(cores: Literal["one", "all"]) -> Callable[[Workload, Chain, Carried], Run]:
+        def measure(load: Workload, chain: Chain, frame: Carried) -> Run:
+            trips = load.round_trips(chain, duration_s=plan.short_s)
+            return Latency(**frame.model_dump(), cores=cores, **trips)
 
-    _two_hops(bench, bench.kinds(hops=2), "latency", 1, measure, rounds=bench.plan.short_rounds)
+        return measure
+
+    rounds = plan.short_rounds // plan.short_sets
+    with processes.on_one_core():
+        for number in range(plan.short_sets):
+            title = "latency on one core"
+            _two_hops(bench, kinds, title, 1, on("one"), rounds=rounds, first_round=number * rounds)
+    _two_hops(bench, kinds, "latency", 1, on("all"), rounds=plan.short_rounds // 3)
 
 
 def connects(bench: Bench) -> None:

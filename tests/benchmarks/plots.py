@@ -7,8 +7,8 @@ from pathlib import Path
 
 import matplotlib as mpl
 
-from .compare import bulk, of, relays, spread
-from .results import Bulk, Latency, Results
+from .compare import bulk, relays, round_trips, spread
+from .results import Bulk, Results
 
 mpl.use("Agg")
 from matplotlib import pyplot as plt
@@ -26,7 +26,7 @@ def draw(results: Results, folder: Path) -> list[Path]:
     for name, title, figure in figures:
         if runs:
             written.append(_by_connections(runs, title, figure, folder / f"{name}.png"))
-    trips = of(results, Latency)
+    trips = round_trips(results, "one")
     if trips:
         picture, axes = plt.subplots(figsize=(8, 4), layout="constrained")
         names = relays(trips)
@@ -36,7 +36,7 @@ def draw(results: Results, folder: Path) -> list[Path]:
             heights = [found.median if (found := spread(trips, one, part)) else 0 for one in names]
             axes.bar([place + 0.4 * shift for place in range(len(names))], heights, 0.4, label=label)
         axes.set_xticks([place + 0.2 for place in range(len(names))], names, rotation=45, ha="right")
-        axes.set(ylabel="us, logarithmic", title="64 bytes there and back, two hops", yscale="log")
+        axes.set(ylabel="us, logarithmic", title="64 bytes there and back, two hops, one core", yscale="log")
         axes.legend()
         written.append(_save(picture, folder / "latency.png"))
     return written

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Iterable
-from contextlib import suppress
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import psutil
@@ -18,6 +18,17 @@ def family(pids: Iterable[int]) -> list[int]:
         with suppress(psutil.NoSuchProcess):
             found += [pid, *(child.pid for child in psutil.Process(pid).children(recursive=True))]
     return found
+
+
+@contextmanager
+def on_one_core() -> Iterator[None]:
+    """What this thread starts while the block runs has one core, the last one of those that there are."""
+    before = os.sched_getaffinity(0)
+    os.sched_setaffinity(0, {max(before)})
+    try:
+        yield
+    finally:
+        os.sched_setaffinity(0, before)
 
 
 def cpu_s(pids: Iterable[int]) -> float:

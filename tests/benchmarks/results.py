@@ -79,10 +79,12 @@ class Latency(Carried):
     """Round trips of 64 bytes, one after the other.
 
     Attributes:
+        cores: Whether applications and relays had one core for all of them, or all cores of the machine.
         relay_cpu_us: Of all relays together, for one of them.
     """
 
     group: Literal["latency"] = "latency"
+    cores: Literal["one", "all"]
     count: int
     p50_us: float
     p99_us: float

@@ -19,10 +19,11 @@ from .compare import (
     of,
     ratio,
     relays,
+    round_trips,
     spread,
     verdicts,
 )
-from .results import Bulk, Carried, Connects, Idle, Latency, Many, Opening, Rate, Results, Slow
+from .results import Bulk, Carried, Connects, Idle, Many, Opening, Rate, Results, Slow
 
 NOTHING: Final = "-"
 GOALS: Final = ("figure", "of", "measured", "must", "kept", "goal", "reached")
@@ -219,21 +220,28 @@ def _limits(results: Results) -> Table:
 
 
 def _latency(results: Results) -> Table:
-    trips, connections = of(results, Latency), of(results, Connects)
-    rows = [
-        [
-            relay,
-            median(spread(trips, relay, lambda run: run.p50_us)),
-            median(spread(trips, relay, lambda run: run.p99_us)),
-            NOTHING if relay == "direct" else median(spread(trips, relay, lambda run: run.relay_cpu_us)),
-            median(spread(connections, relay, lambda run: run.per_s)),
-            NOTHING
-            if relay == "direct"
-            else median(spread(connections, relay, lambda run: run.relay_cpu_us)),
-        ]
-        for relay in relays([*trips, *connections])
+    one, every = round_trips(results, "one"), round_trips(results, "all")
+    connections = of(results, Connects)
+    rows = []
+    for relay in relays([*one, *every, *connections]):
+        trip_cpu = spread(one, relay, lambda run: run.relay_cpu_us)
+        connection_cpu = spread(connections, relay, lambda run: run.relay_cpu_us)
+        rows.append(
+            [
+                relay,
+                median(spread(one, relay, lambda run: run.p50_us)),
+                median(spread(one, relay, lambda run: run.p99_us)),
+                NOTHING if relay == "direct" else median(trip_cpu),
+                median(spread(every, relay, lambda run: run.p50_us)),
+                median(spread(every, relay, lambda run: run.p99_us)),
+                median(spread(connections, relay, lambda run: run.per_s)),
+                NOTHING if relay == "direct" else median(connection_cpu),
+            ]
+        )
+    columns = [
+        *("relay", "one core: p50 us", "p99 us", "its CPU us", "all cores: p50 us", "p99 us"),
+        *("connections per s", "CPU us for one"),
     ]
-    columns = ["relay", "round trip p50 us", "p99 us", "its CPU us", "connections per s", "CPU us for one"]
     return Table("latency", "64 bytes there and back; connect, one byte back, close; two hops", columns, rows)
 
 
