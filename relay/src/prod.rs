@@ -16,7 +16,7 @@ use crate::listen::{Active, Ticket};
 use crate::preamble::{Answer, Kind, MAGIC, REQUEST_BYTES, Request, Verdict};
 use crate::relay::{Books, Closing, Kept, Listener, ProbeResult, Relay};
 use crate::socket::{
-    First, TcpStream, close_in_order, connect, has_failed, read_exact, shutdown_write, write_all,
+    First, TcpStream, close_in_order, connect, discard, has_failed, read_exact, shutdown_write, write_all,
 };
 use crate::timer;
 use crate::tls::{ALERT_BYTES, HandshakeError, Session, least_record_bytes};
@@ -422,9 +422,8 @@ impl Wan<'_> {
     }
 
     fn close(&self) {
-        // CONS may have ended TLS behind its request. With that unread, closing would be a reset, and could overtake the answer.
-        let _ =
-            rustix::net::recv(&self.stream, &mut [0; least_record_bytes(ALERT_BYTES)], RecvFlags::DONTWAIT);
+        // CONS may have ended TLS behind its request; a reset because of that could overtake the answer.
+        discard(&self.stream, least_record_bytes(ALERT_BYTES));
         let _ = shutdown_write(&self.stream);
         close_in_order(&self.stream);
     }

@@ -10,7 +10,7 @@ use std::time::Duration;
 
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::io::Errno;
-use rustix::net::{SendFlags, SocketFlags, sockopt};
+use rustix::net::{RecvFlags, SendFlags, SocketFlags, sockopt};
 use socket2::{Domain, Protocol, Socket, Type};
 use tokio::io::unix::AsyncFd;
 use tokio::io::{Interest, Ready};
@@ -55,6 +55,12 @@ pub fn milliseconds(timeout: Duration) -> u32 {
 pub fn close_in_order(socket: impl AsFd) {
     // ENOTCONN and the like mean that the peer is gone already; there is nothing left to keep.
     let _ = sockopt::set_socket_linger(socket, None);
+}
+
+/// Throws away what has come and nobody wants to know, `most_bytes` of it: with that unread, closing would be a reset.
+pub fn discard(socket: impl AsFd, most_bytes: usize) {
+    // What has not come, or cannot be read, needs no throwing away.
+    let _ = rustix::net::recv(socket, &mut vec![0; most_bytes], RecvFlags::DONTWAIT);
 }
 
 /// The peer has ended its direction, or reset: seen without reading what is before that.
@@ -306,7 +312,6 @@ pub async fn write_all(stream: &TcpStream, mut bytes: &[u8]) -> io::Result<()> {
 pub mod tests {
     use std::net::{Ipv4Addr, TcpListener as StdListener, TcpStream as StdStream};
 
-    use rustix::net::RecvFlags;
     use tokio::runtime::{Builder, Runtime};
 
     use super::*;
@@ -428,6 +433,56 @@ pub mod tests {
             let mut all = Vec::new();
             peer.read_to_end(&mut all).unwrap();
             assert_eq!((all.as_slice(), segments(&peer)), (&b"last"[..], 1));
+        });
+    }
+
+    #[test]
+    fn what_nobody_wants_to_know_does_not_make_a_close_a_reset() {
+        let ends = |wanted: bool| {
+            runtime().block_on(async {
+                let (stream, mut peer) = pair();
+                peer.write_all(&[1; 24]).unwrap();
+                comes(&stream, 24).await;
+                if !wanted {
+                    discard(&stream, 24);
+                }
+                shutdown_write(&stream).unwrap();
+                close_in_order(&stream);
+                drop(stream);
+                // What a reset leaves of an end of file is an error, once.
+                let mut rest = Vec::new();
+                peer.read_to_end(&mut rest).and_then(|_| peer.take_error())
+            })
+        };
+        assert!(matches!(ends(false), Ok(None)));
+        assert!(!matches!(ends(true), Ok(None)));
+    }
+
+    #[test]
+    fn who_speaks_first_ends_the_handshake_with_its_first_word() {
+        runtime().block_on(async {
+            let listener = StdListener::bind((Ipv4Addr::LOCALHOST, 0)).unwrap();
+            let address = listener.local_addr().unwrap();
+            listener.set_nonblocking(true).unwrap();
+            let congestion = Congestion::of_this_system();
+            let is_accepted_unheard = async |first| {
+                let near = connect(address, None, DEADLINE, &congestion, first).await.unwrap();
+                let unheard = listener.accept();
+                write_all(&near, b"request").await.unwrap();
+                let is_unheard = unheard.is_ok();
+                let (mut far, _) = unheard.or_else(|_| listener.accept()).unwrap();
+                far.set_read_timeout(Some(DEADLINE)).unwrap();
+                far.set_nonblocking(false).unwrap();
+                far.read_exact(&mut [0; 7]).unwrap();
+                is_unheard
+            };
+            assert!(is_accepted_unheard(First::Anyone).await);
+            // The kernel waits for the word for 40 ms and more, which this thread may be away for.
+            let mut tries = 0;
+            while is_accepted_unheard(First::We).await {
+                tries += 1;
+                assert!(tries < 100);
+            }
         });
     }
 

@@ -248,12 +248,12 @@ def latency(bench: Bench) -> None:
 
         return measure
 
-    rounds = plan.short_rounds // plan.short_sets
+    rounds = max(1, plan.short_rounds // plan.short_sets)
     with processes.on_one_core():
         for number in range(plan.short_sets):
             title = "latency on one core"
             _two_hops(bench, kinds, title, 1, on("one"), rounds=rounds, first_round=number * rounds)
-    _two_hops(bench, kinds, "latency", 1, on("all"), rounds=plan.short_rounds // 3)
+    _two_hops(bench, kinds, "latency", 1, on("all"), rounds=max(1, plan.short_rounds // 3))
 
 
 def connects(bench: Bench) -> None:

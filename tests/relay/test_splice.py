@@ -1,11 +1,13 @@
 """The data path: which way bytes take, that they arrive whatever the way, and how little a connection costs."""
 
+import os
 import resource
 import socket
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 
+import psutil
 import pytest
 
 from .apps import Applications, Payload, digest, receive, receive_exactly, send_and_end
@@ -113,6 +115,15 @@ def test_several_workers_carry_many_connections(gateway: Gateway, apps: Applicat
             "to_producer": sum(there + 1 for there, _ in sizes),
             "to_consumer": sum(back + 1 for _, back in sizes),
         }
+
+
+def test_a_relay_has_a_thread_for_every_second_core_and_for_each_if_it_encrypts(
+    gateway: Gateway, apps: Applications, mode: str
+) -> None:
+    cores = len(os.sched_getaffinity(0))
+    expected = min(cores, 8) if mode == "tls" else min(max(cores // 2, 1), 4)
+    for relay in gateway.pair(mode, [apps.listen().getsockname()]):
+        assert psutil.Process(relay.pid).num_threads() == expected
 
 
 class Crowd:
