@@ -110,10 +110,10 @@ impl Drop for Waiting<'_> {
     }
 }
 
-/// Nanoseconds by the clock that the kernel sets forward with its ticks, every few milliseconds; never 0. It costs a message next to
-/// nothing. A shorter wait is none or a whole tick, as it happens, so that many of them add up to what they were.
+/// Nanoseconds since some moment; never 0. By itself, because a message pays for two looks at the clock. Not the kernel's coarse
+/// clock: waits in step with its ticks, as of frames every 4 ms, would all be none or all a whole tick.
 fn now_ns() -> u64 {
-    let now = clock_gettime(ClockId::MonotonicCoarse);
+    let now = clock_gettime(ClockId::Monotonic);
     now.tv_sec as u64 * 1_000_000_000 + now.tv_nsec as u64 + 1
 }
 

@@ -14,7 +14,9 @@ use crate::errno;
 use crate::listen::Active;
 use crate::preamble::{ANSWER_BYTES, Answer, Kind, Request, Verdict};
 use crate::relay::{Books, Closing, Dial, NO_PEERS, ProbeResult, Relay};
-use crate::socket::{First, TcpStream, close_in_order, connect, read_exact, shutdown_write, write_all};
+use crate::socket::{
+    First, TcpStream, close_in_order, connect, have_spoken, read_exact, shutdown_write, write_all,
+};
 use crate::timer;
 use crate::tls::{ALERT_BYTES, HandshakeError, Session, WHOLE_FLIGHT_BYTES, least_record_bytes};
 
@@ -113,6 +115,7 @@ async fn call(
             }
             None => {
                 write_all(&stream, &request.encode()).await?;
+                have_spoken(&stream);
                 read_exact(&stream, &mut message).await?;
             }
         }

@@ -194,7 +194,11 @@ fn run(configuration: &[u8], directory: &Path, detached: bool) -> ExitCode {
         runtime_dir::hold_log();
     }
     raise_descriptor_limit();
-    let workers = if config.workers > 0 { config.workers } else { usual_workers(config.mode) };
+    let workers = match config.workers {
+        // What nobody has asked for is no reason not to start.
+        0 => (1..=usual_workers(config.mode)).rev().find(|count| fits(&config, *count)).unwrap_or(1),
+        chosen => chosen,
+    };
     let descriptors = listen::descriptors(&config, workers);
     if let (needed, Some(limit)) = descriptors
         && needed > limit
@@ -286,6 +290,12 @@ fn run(configuration: &[u8], directory: &Path, detached: bool) -> ExitCode {
         }),
         Err((errno, message)) => failed(EXIT_FAILED, "io", Some(&errno), &message),
     }
+}
+
+/// Whether the descriptors that a relay with so many workers may come to need are there.
+fn fits(config: &Config, workers: usize) -> bool {
+    let (needed, limit) = listen::descriptors(config, workers);
+    limit.is_none_or(|limit| needed <= limit)
 }
 
 /// As many as there are cores where the work is our own, encryption. Where the kernel carries, half of them, since it needs the

@@ -86,10 +86,18 @@ pub fn shutdown_write(socket: impl AsFd) -> io::Result<()> {
 /// Who speaks first on a connection that is made.
 pub enum First {
     /// The kernel lets the end of TCP's handshake wait for what we send: one segment in place of two, and whoever accepts finds
-    /// something to read.
+    /// something to read. `have_spoken` is to be called then.
     We,
     /// Perhaps the peer, who must hear of us at once.
     Anyone,
+}
+
+/// Behind the first word of `First::We`: whoever could not take it, as a SYN proxy, whose window is closed until it has heard of
+/// the end of the handshake, hears of that now and not 200 ms later.
+pub fn have_spoken(socket: impl AsFd) {
+    for at_once in [true, false] {
+        let _ = sockopt::set_tcp_quickack(&socket, at_once);
+    }
 }
 
 /// Connects to a numeric address within `timeout`, from `source` if one is given. The error is the kernel's own (from connect
@@ -483,6 +491,19 @@ pub mod tests {
                 tries += 1;
                 assert!(tries < 100);
             }
+        });
+    }
+
+    #[test]
+    fn the_handshake_ends_at_once_if_the_first_word_could_not_leave() {
+        runtime().block_on(async {
+            let listener = StdListener::bind((Ipv4Addr::LOCALHOST, 0)).unwrap();
+            let address = listener.local_addr().unwrap();
+            listener.set_nonblocking(true).unwrap();
+            let congestion = Congestion::of_this_system();
+            let near = connect(address, None, DEADLINE, &congestion, First::We).await.unwrap();
+            have_spoken(&near);
+            assert!(listener.accept().is_ok());
         });
     }
 

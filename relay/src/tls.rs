@@ -17,7 +17,7 @@ use rustls::{
 
 use crate::connection::lock;
 use crate::key::PublicKey;
-use crate::socket::{TcpStream, read, write_all};
+use crate::socket::{TcpStream, have_spoken, read, write_all};
 
 pub const HEADER_BYTES: usize = 5;
 /// RFC 8446, 5.2: the longest record on the wire, without its header.
@@ -403,6 +403,7 @@ impl Session {
     /// so that one call may read the whole of a flight and still no byte that is none of the session's leaves the kernel.
     /// Our last flight stays in `outgoing`, to be sent together with the first message.
     pub async fn handshake(&mut self, stream: &TcpStream, behind_bytes: usize) -> Result<(), HandshakeError> {
+        let mut is_first = true;
         loop {
             if let Err(error) = self.take_incoming() {
                 // So that the peer learns why; it may be gone already.
@@ -413,6 +414,10 @@ impl Session {
                 return Ok(());
             }
             self.flush(stream).await?;
+            if is_first && self.is_client() {
+                have_spoken(stream);
+            }
+            is_first = false;
             self.read(stream, HEADER_BYTES, behind_bytes).await?;
         }
     }

@@ -15,6 +15,7 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Protocol
 
+import psutil
 import pytest
 
 from .apps import Applications, Payload
@@ -74,13 +75,19 @@ def test_a_configuration_that_does_not_fit_is_refused_with_the_number_that_is_ne
     assert enough.start(enough.config("PROD", "tls", **size)).status()["state"] == "WAITING_HELLO"
 
 
+def test_a_relay_that_may_choose_has_as_many_workers_as_its_descriptors_allow(limited: Limited) -> None:
+    gateway = limited(f"ulimit -n {144 + 1 + 23 + 2 * 100}")
+    relay = gateway.start(gateway.config("PROD", "tls", max_connections=100))
+    assert psutil.Process(relay.pid).num_threads() == 1
+
+
 def test_five_listeners_full_of_connections_fit_into_the_usual_limit(
     limited: Limited, apps: Applications
 ) -> None:
     """As a stream of the command line has them, on a machine of eight cores or more."""
     scarce = limited("ulimit -n 1024")
     listeners, most = 5, 64
-    size = {"workers": 4, "max_connections": most, "listen": {"indices": [*range(listeners)]}}
+    size = {"workers": 8, "max_connections": most, "listen": {"indices": [*range(listeners)]}}
     server = apps.listen()
     pair = scarce.pair("none", [server.getsockname()], prod=size, cons=size)
     ends = [apps.established(server, pair.cons, index) for index in range(listeners) for _ in range(most)]
