@@ -6,7 +6,10 @@ import doctest
 import json
 import os
 import re
+import signal
 import socket
+import subprocess
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -27,6 +30,7 @@ from benchmarks.results import GROUPS, Bulk, Failure, Group, Results, Run
 from benchmarks.tables import tables
 from benchmarks.workload import Workload, WorkloadError
 from relay.apps import Applications
+from relay.gateway import eventually
 
 TINY = replace(
     QUICK,
@@ -92,6 +96,26 @@ def test_a_tiny_cell_of_each_group_has_figures_that_make_a_report(group: Group, 
     assert all(verdict.measured for verdict in verdicts(results))
     assert f"| {tables(results)[-1].rows[0][0]} |" in filled(DOCUMENT.read_text(), results)
     assert all(picture.stat().st_size for picture in draw(results, tmp_path))
+
+
+def living_relays() -> set[int]:
+    return {
+        one.pid
+        for one in psutil.process_iter(["name", "status"])
+        if one.info["name"] == "s2ds" and one.info["status"] != psutil.STATUS_ZOMBIE
+    }
+
+
+@pytest.mark.usefixtures("nothing_left")
+def test_a_benchmark_that_is_told_to_end_takes_its_relays_along(tmp_path: Path) -> None:
+    before = living_relays()
+    argv = [sys.executable, "-m", "benchmarks", "--only", "latency", "--output", str(tmp_path)]
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parent)}
+    with subprocess.Popen(argv, env=environment, stderr=subprocess.DEVNULL) as process:
+        eventually(lambda: len(living_relays() - before) >= 2)
+        process.terminate()
+        assert process.wait(60) == 128 + signal.SIGTERM
+    assert living_relays() <= before
 
 
 @pytest.mark.usefixtures("nothing_left", "state_base")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime as dt
+import signal
 import sys
 import time
 from dataclasses import replace
@@ -50,6 +51,8 @@ def _groups(_: click.Context, __: click.Parameter, value: str) -> tuple[Group, .
 @click.option("--report", is_flag=True, help="Write the tables into docs/performance.md too.")
 def main(*, full: bool, groups: tuple[Group, ...], output: Path, report: bool, cycles: int | None) -> None:
     """Measure our relays beside their peers, in one run; the results, tables and plots go to build/bench."""
+    # Told to end, it takes along what it has started, as for an interrupt.
+    signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
     words, tables = Console(stderr=True), Console()
     here = machine.look()
     if here.was_busy:
