@@ -18,7 +18,7 @@ use crate::timer::{self, Sleep};
 const GATHERED_S: f64 = 0.002;
 const LUMP_BYTES: u32 = 65_536;
 const MOST_LUMPS: u8 = 4;
-/// Twice that. What comes before a pause of its producer is late by no more than this, and the millisecond that timers count in.
+/// Twice that. What comes before a pause of its producer is late by no more than this.
 const PATIENCE: Duration = Duration::from_millis(4);
 
 /// How much of what comes at this speed is to be waited for; 0 where it would be one lump, and nothing won.
@@ -30,7 +30,7 @@ pub fn worth_lumps(bytes_per_s: f64) -> u8 {
 /// One wait for the WAN of a connection that gathers: while it is there, the kernel is silent about less.
 pub struct Gathering<'a> {
     wan: &'a TcpStream,
-    patience: Pin<Box<Sleep>>,
+    patience: Sleep,
 }
 
 impl<'a> Gathering<'a> {
@@ -38,7 +38,7 @@ impl<'a> Gathering<'a> {
     fn begin(wan: &'a TcpStream, connection: &Connection) -> Option<Box<Gathering<'a>>> {
         let least_bytes = u32::from(connection.gathers()) * LUMP_BYTES;
         (least_bytes > 0 && set_receive_low_water(wan, least_bytes).is_ok())
-            .then(|| Box::new(Gathering { wan, patience: Box::pin(timer::sleep(PATIENCE)) }))
+            .then(|| Box::new(Gathering { wan, patience: timer::sleep(PATIENCE) }))
     }
 }
 
@@ -60,7 +60,7 @@ pub fn gather<'a>(
     if gathering.is_none() {
         *gathering = Gathering::begin(wan, connection);
     }
-    if gathering.as_mut().is_some_and(|one| one.patience.as_mut().poll(context).is_ready()) {
+    if gathering.as_mut().is_some_and(|one| Pin::new(&mut one.patience).poll(context).is_ready()) {
         // The rate is not used up any more: from here on nothing waits, until the pacer finds that it is.
         connection.gather(0);
         *gathering = None;

@@ -466,13 +466,18 @@ pub mod tests {
         assert!(!matches!(ends(true), Ok(None)));
     }
 
+    /// Somebody who is connected to, and what that takes.
+    fn listening() -> (StdListener, SocketAddr, Congestion) {
+        let listener = StdListener::bind((Ipv4Addr::LOCALHOST, 0)).unwrap();
+        listener.set_nonblocking(true).unwrap();
+        let address = listener.local_addr().unwrap();
+        (listener, address, Congestion::of_this_system())
+    }
+
     #[test]
     fn who_speaks_first_ends_the_handshake_with_its_first_word() {
         runtime().block_on(async {
-            let listener = StdListener::bind((Ipv4Addr::LOCALHOST, 0)).unwrap();
-            let address = listener.local_addr().unwrap();
-            listener.set_nonblocking(true).unwrap();
-            let congestion = Congestion::of_this_system();
+            let (listener, address, congestion) = listening();
             let is_accepted_unheard = async |first| {
                 let near = connect(address, None, DEADLINE, &congestion, first).await.unwrap();
                 let unheard = listener.accept();
@@ -497,10 +502,7 @@ pub mod tests {
     #[test]
     fn the_handshake_ends_at_once_if_the_first_word_could_not_leave() {
         runtime().block_on(async {
-            let listener = StdListener::bind((Ipv4Addr::LOCALHOST, 0)).unwrap();
-            let address = listener.local_addr().unwrap();
-            listener.set_nonblocking(true).unwrap();
-            let congestion = Congestion::of_this_system();
+            let (listener, address, congestion) = listening();
             let near = connect(address, None, DEADLINE, &congestion, First::We).await.unwrap();
             have_spoken(&near);
             assert!(listener.accept().is_ok());
