@@ -83,7 +83,7 @@ const LONGEST_CONFIGURATION_BYTES: u64 = 4 << 20;
 const CLOSING: Duration = Duration::from_secs(1);
 /// Unless the configuration says otherwise.
 const MOST_WORKERS: usize = 4;
-/// A core encrypts about 20 Gbit/s: enough for an interface of 100.
+/// A core carries about 18 Gbit/s: six of them an interface of 100.
 const MOST_WORKERS_OF_TLS: usize = 8;
 
 /// The commands of docs/relay.md.
