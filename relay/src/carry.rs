@@ -1,6 +1,7 @@
 //! A connection whose two sides are there: bytes flow until the applications end it, something breaks, or somebody cuts it.
 
 use std::future::Future;
+use std::io;
 use std::net::SocketAddr;
 use std::pin::Pin;
 use std::sync::Arc;
@@ -30,6 +31,8 @@ pub struct Begun {
     pub legs: Legs,
     /// In mode `tls` only.
     pub session: Option<Box<Session>>,
+    /// How many bytes from the LAN are on the WAN already, or how the LAN has failed.
+    pub first_word: io::Result<usize>,
 }
 
 /// The task of a connection. Its parts are in boxes, so that an idle connection keeps memory neither for how it began nor for
@@ -63,13 +66,24 @@ impl<B: Future<Output = Option<Begun>>> Future for Task<B> {
 
 /// Lets the bytes flow. None: this connection is over already, and accounted for.
 fn carry(begun: Begun) -> Option<Carrying> {
-    let Begun { books, active, onward, legs, session } = begun;
+    let Begun { books, active, onward, legs, session, first_word } = begun;
     let legs = Arc::new(legs);
     let Books(relay, connection) = &books;
     connection.connected(onward, legs.clone());
     relay.streaming(connection);
+    let first_word = match first_word {
+        Ok(first_word) => first_word,
+        Err(error) => {
+            close(&books, legs, Err(LegError::new(Leg::Lan, &error)));
+            return None;
+        }
+    };
+    if first_word > 0 {
+        connection.first_byte();
+        connection.lan_to_wan().add(first_word);
+    }
     let Some(session) = session else { return Some(to_the_end(books, active, legs, Clear)) };
-    let pump = match ktls::hand_over(&relay.kernel_tls, *session, &legs.wan) {
+    let pump = match ktls::hand_over(&relay.kernel_tls, *session, &legs.wan, first_word) {
         Ok(Handed::ToKernel(tls)) => {
             connection.explain_path(tls.reason());
             return Some(to_the_end(books, active, legs, tls));

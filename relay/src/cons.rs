@@ -12,7 +12,7 @@ use crate::config::{Mode, Probe};
 use crate::connection::Legs;
 use crate::errno;
 use crate::listen::Active;
-use crate::preamble::{ANSWER_BYTES, Answer, Kind, Request, Verdict};
+use crate::preamble::{ANSWER_BYTES, Answer, FIRST_WORD_BYTES, Kind, REQUEST_BYTES, Request, Verdict};
 use crate::relay::{Books, Closing, Dial, NO_PEERS, ProbeResult, Relay};
 use crate::socket::{
     First, TcpStream, close_in_order, connect, have_spoken, read_exact, shutdown_write, write_all,
@@ -35,15 +35,15 @@ pub async fn begin(relay: Arc<Relay>, active: Active, lan: TcpStream, source: So
         return None;
     };
     let called = tokio::select! {
-        called = call(&relay, &dial, Kind::Data, 0) => called.map_err(|failure| {
+        called = call(&relay, &dial, Kind::Data, 0, Some(&lan)) => called.map_err(|failure| {
             relay.note_probe(failure.clone());
             Closing { reason: failure.result, abort: None, text: failure.errno }
         }),
         reason = connection.is_cut() => Err(Closing { reason, abort: None, text: None }),
     };
     match called {
-        Ok((wan, session)) => {
-            Some(Begun { books, active, onward: dial.address, legs: Legs { lan, wan }, session })
+        Ok(Called { wan, session, first_word }) => {
+            Some(Begun { books, active, onward: dial.address, legs: Legs { lan, wan }, session, first_word })
         }
         Err(closing) => {
             drop(lan);
@@ -53,14 +53,26 @@ pub async fn begin(relay: Arc<Relay>, active: Active, lan: TcpStream, source: So
     }
 }
 
+/// What PROD has said ok to.
+struct Called {
+    wan: TcpStream,
+    session: Option<Box<Session>>,
+    /// How many bytes of payload PROD has already.
+    first_word: io::Result<usize>,
+}
+
 /// Connects to a PROD listener and asks for `kind`. After Ok for data, what follows on the stream is payload (inside the
 /// session, if there is one). A probe's connection is closed.
+///
+/// What the application at `lan` has said by then goes behind the request, so that it is a round trip of the WAN earlier at the
+/// other one. PROD has proven its key before that, in the modes where it has one.
 async fn call(
     relay: &Relay,
     dial: &Dial,
     kind: Kind,
     lease_s: u32,
-) -> Result<(TcpStream, Option<Box<Session>>), ProbeResult> {
+    lan: Option<&TcpStream>,
+) -> Result<Called, ProbeResult> {
     let failed = |result: &'static str, errno: Option<String>| ProbeResult {
         result,
         errno,
@@ -103,18 +115,28 @@ async fn call(
         let mut message = [0; ANSWER_BYTES];
         // In mode `auth` TLS ends in both directions with the request and with its answer.
         let ends = relay.config.mode == Mode::Auth && kind == Kind::Data;
+        let first_word;
         match &mut session {
             Some(session) => {
                 session.send(&request.encode())?;
+                let mut word = Vec::new();
+                first_word = hear(lan, &mut word);
                 if ends {
                     session.send_close_notify()?;
+                    session.outgoing.add_clear(&word);
+                } else if !word.is_empty() {
+                    session.send(&word)?;
                 }
+                drop(word);
                 session.flush(&stream).await?;
                 let behind_bytes = if ends { least_record_bytes(ALERT_BYTES) } else { 0 };
                 session.read_exact(&stream, &mut message, behind_bytes).await?;
             }
             None => {
-                write_all(&stream, &request.encode()).await?;
+                let mut words = Vec::with_capacity(REQUEST_BYTES + FIRST_WORD_BYTES);
+                words.extend_from_slice(&request.encode());
+                first_word = hear(lan, &mut words);
+                write_all(&stream, &words).await?;
                 have_spoken(&stream);
                 read_exact(&stream, &mut message).await?;
             }
@@ -136,9 +158,9 @@ async fn call(
             let _ = shutdown_write(&stream);
             close_in_order(&stream);
         }
-        Ok::<_, HandshakeError>((answer, stream, session))
+        Ok::<_, HandshakeError>((answer, Called { wan: stream, session, first_word }))
     };
-    let (answer, stream, session) = match timer::timeout(timeout, conversation).await {
+    let (answer, called) = match timer::timeout(timeout, conversation).await {
         Ok(Ok(answered)) => answered,
         // PROD closes on us while it has no peers: it is not ready, or it is no relay.
         Ok(Err(HandshakeError::Io(error))) => return Err(failed("not-ready", Some(errno::of(&error)))),
@@ -147,13 +169,27 @@ async fn call(
     };
     let errno = answer.filter(|answer| answer.errno != 0).map(|answer| errno::name(answer.errno.into()));
     match answer.map(|answer| answer.verdict) {
-        Some(Verdict::Ok) => Ok((stream, session)),
+        Some(Verdict::Ok) => Ok(called),
         Some(Verdict::Unreachable) => Err(failed("unreachable", errno)),
         Some(Verdict::Busy) => Err(failed("busy", errno)),
         Some(Verdict::Denied) => Err(failed("denied", errno)),
         Some(Verdict::NotReady) => Err(failed("not-ready", errno)),
         Some(Verdict::Protocol) | None => Err(failed("protocol", errno)),
     }
+}
+
+/// Takes what an application has said already, to the end of `words`; how many bytes that were. Having ended or said nothing it
+/// is asked again later. A reset is said only once, so its error is kept.
+fn hear(lan: Option<&TcpStream>, words: &mut Vec<u8>) -> io::Result<usize> {
+    let Some(lan) = lan else { return Ok(0) };
+    let before = words.len();
+    words.resize(before + FIRST_WORD_BYTES, 0);
+    let heard = match lan.try_read(&mut words[before..]) {
+        Err(error) if error.kind() == io::ErrorKind::WouldBlock => Ok(0),
+        heard => heard,
+    };
+    words.truncate(before + heard.as_ref().unwrap_or(&0));
+    heard
 }
 
 /// Probes every PROD listener until all have answered ok, then passes renewals on, for as long as the relay lives.
@@ -201,7 +237,7 @@ async fn probe_all(relay: &Arc<Relay>, kind: Kind) -> Result<bool, ProbeResult> 
     let mut probes = JoinSet::new();
     for dial in dials {
         let relay = relay.clone();
-        probes.spawn(async move { call(&relay, &dial, kind, 0).await.map(|_| dial.address) });
+        probes.spawn(async move { call(&relay, &dial, kind, 0, None).await.map(|_| dial.address) });
     }
     let (mut address, mut failure, mut lost) = (None, None, false);
     // All of them: a listener that is not ready is no reason to hang up on the others.
@@ -242,7 +278,7 @@ async fn pass_lease_on(relay: &Relay) {
     for dial in relay.dials() {
         if !passed.contains(&dial.relay_id.0) {
             passed.push(dial.relay_id.0);
-            if let Err(failure) = call(relay, &dial, Kind::ProbePath, lease_s).await {
+            if let Err(failure) = call(relay, &dial, Kind::ProbePath, lease_s, None).await {
                 return relay.note_probe(failure);
             }
         }

@@ -113,11 +113,13 @@ pub enum Handed {
 }
 
 /// Gives an open session to the kernel, if that can carry it. The handshake and the preamble have taken whole records out of
-/// the kernel and not one byte more, so the next one, either way, is the kernel's.
+/// the kernel and not one byte more, so the next one, either way, is the kernel's. `first_word`: so many bytes of payload are
+/// sent already.
 pub fn hand_over(
     kernel: &Result<KernelTls, Unable>,
     session: Session,
     wan: &TcpStream,
+    first_word: usize,
 ) -> Result<Handed, LegError> {
     let suite = session.suite();
     let refusal = match (kernel, suite.map(|suite| suite.suite())) {
@@ -152,7 +154,11 @@ pub fn hand_over(
         cipher,
         limit: keys.records_per_key(),
         keys: Mutex::new(keys),
-        sent: Mutex::new(Sent { before_bytes: written_bytes, first_record, ..Sent::default() }),
+        sent: Mutex::new(Sent {
+            before_bytes: written_bytes - first_word as u64,
+            first_record,
+            ..Sent::default()
+        }),
         late_error: Mutex::new(None),
     })))
 }
@@ -171,7 +177,7 @@ pub struct KernelSession {
 /// The books of what was sent.
 #[derive(Default)]
 struct Sent {
-    /// On the wire, before the hand-over.
+    /// On the wire, before the hand-over, but for the bytes of payload themselves, which the connection counts.
     before_bytes: u64,
     /// The bytes of the records that are no data.
     other_bytes: u64,

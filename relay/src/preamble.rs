@@ -7,6 +7,8 @@ use crate::config::{Mode, PROTOCOL, RelayId};
 pub const MAGIC: &[u8] = b"S2DS";
 pub const REQUEST_BYTES: usize = 64;
 pub const ANSWER_BYTES: usize = 32;
+/// Of what the application has said already, at most so much travels behind a request: with that it is one segment.
+pub const FIRST_WORD_BYTES: usize = 1024 - REQUEST_BYTES;
 
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
 pub enum Kind {

@@ -13,7 +13,7 @@ use crate::config::{Mode, Probe};
 use crate::connection::Legs;
 use crate::errno;
 use crate::listen::{Active, Ticket};
-use crate::preamble::{Answer, Kind, MAGIC, REQUEST_BYTES, Request, Verdict};
+use crate::preamble::{Answer, FIRST_WORD_BYTES, Kind, MAGIC, REQUEST_BYTES, Request, Verdict};
 use crate::relay::{Books, Closing, Kept, Listener, ProbeResult, Relay};
 use crate::socket::{
     First, TcpStream, close_in_order, connect, discard, has_failed, read_exact, shutdown_write, write_all,
@@ -230,7 +230,7 @@ async fn begin_data(
     let books = Books(relay.clone(), connection.clone());
     let closing = tokio::select! {
         begun = answer(wan, target) => match begun {
-            Ok((legs, session)) => return Some(Begun { books, active, onward: target, legs, session }),
+            Ok((legs, session)) => return Some(Begun { books, active, onward: target, legs, session, first_word: Ok(0) }),
             Err(closing) => closing,
         },
         reason = connection.is_cut() => Closing { reason, abort: None, text: None },
@@ -422,8 +422,8 @@ impl Wan<'_> {
     }
 
     fn close(&self) {
-        // CONS may have ended TLS behind its request; a reset because of that could overtake the answer.
-        discard(&self.stream, least_record_bytes(ALERT_BYTES));
+        // CONS may have ended TLS behind its request, and said more; a reset because of that could overtake the answer.
+        discard(&self.stream, least_record_bytes(ALERT_BYTES) + least_record_bytes(FIRST_WORD_BYTES));
         let _ = shutdown_write(&self.stream);
         close_in_order(&self.stream);
     }

@@ -114,6 +114,10 @@ pub fn relay<'a, W: Wire>(
     // A block, here and below: an idle connection would keep the arguments of an async function twice. And what it does not
     // wait for is in boxes: it keeps no memory for that.
     async move {
+        let outward = connection.lan_to_wan();
+        if outward.has_moved() {
+            foretell(outward, (W::SPLICED, W::COPIED));
+        }
         // Small pieces of memory fit between the large ones that sockets and tasks have at rounded addresses.
         let (outward, inward) = (Box::pin(one_way(&ways, Leg::Lan)), Box::pin(one_way(&ways, Leg::Wan)));
         tokio::try_join!(outward, inward)?;

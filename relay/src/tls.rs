@@ -185,6 +185,12 @@ impl Outbox {
         }
     }
 
+    /// Behind the end of our direction of a session: what the peer is to read without one.
+    pub fn add_clear(&mut self, bytes: &[u8]) {
+        self.room(bytes.len())[..bytes.len()].copy_from_slice(bytes);
+        self.filled += bytes.len();
+    }
+
     fn room(&mut self, count: usize) -> &mut [u8] {
         if self.buffer.len() < self.filled + count {
             self.buffer.resize(self.filled + count, 0);

@@ -231,6 +231,8 @@ class Tap:
         self.legs: list[tuple[socket.socket, socket.socket]] = []
         self.to_prod: list[bytearray] = []
         self.to_cons: list[bytearray] = []
+        self.speakers: list[list[str]] = []
+        """Whose turn it was on each connection, in their order."""
         self._has_cut = False
         self.begins: Callable[[bytes], object] | None = None
         """Told of the first bytes of each direction, before they go on."""
@@ -258,10 +260,22 @@ class Tap:
                     self.legs.append((near, far))
                     self.to_prod.append(there)
                     self.to_cons.append(back)
-                self._pump(near, far, there)
-                self._pump(far, near, back)
+                    self.speakers.append(turns := [])
+                self._pump(near, far, there, lambda: self._speaks(turns, "cons"))
+                self._pump(far, near, back, lambda: self._speaks(turns, "prod"))
 
-    def _pump(self, source: socket.socket, destination: socket.socket, record: bytearray) -> None:
+    def _speaks(self, turns: list[str], who: str) -> None:
+        with self._lock:
+            if turns[-1:] != [who]:
+                turns.append(who)
+
+    def _pump(
+        self,
+        source: socket.socket,
+        destination: socket.socket,
+        record: bytearray,
+        speaks: Callable[[], None],
+    ) -> None:
         def pump() -> None:
             source.settimeout(None)
             try:
@@ -269,6 +283,7 @@ class Tap:
                     if self.begins and not record:
                         self.begins(piece)
                     record.extend(piece)
+                    speaks()
                     destination.sendall(piece)
                 destination.shutdown(socket.SHUT_WR)
             except OSError:
