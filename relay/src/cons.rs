@@ -100,9 +100,9 @@ async fn call(
             let (client, resumes) = caller.session()?;
             let mut client = Box::new(client);
             client.handshake(&stream, WHOLE_FLIGHT_BYTES).await?;
-            if resumes && !client.is_resumed() {
-                // PROD has given the ticket up, and what is left is a handshake that later computers can read. Its place is given
-                // back before another one is taken.
+            if relay.config.mode == Mode::Tls && resumes && !client.is_resumed() {
+                // PROD has given the ticket up, and what is left is a handshake that later computers can read, which in mode `auth`
+                // each may be. Its place is given back before another one is taken.
                 drop(stream);
                 stream = dialled().await?;
                 client = Box::new(caller.session_anew()?);

@@ -158,7 +158,7 @@ impl Identity {
             .with_protocol_versions(&[&rustls::version::TLS13])?
             .with_client_cert_verifier(verifier)
             .with_cert_resolver(Arc::new(AlwaysResolvesServerRawPublicKeys::new(self.certified.clone())));
-        // A ticket sent after the handshake would reach the clear text of mode auth; mode tls adds its own (resumption.rs).
+        // Only for who asks, and in its turn (resumption.rs): one that comes later could reach the clear text of mode auth.
         config.send_tls13_tickets = 0;
         config.enable_secret_extraction = true;
         // ChaCha20-Poly1305 only if both ends want it first: for one that encrypts by itself, AES-GCM is faster.
@@ -172,9 +172,9 @@ impl Identity {
         self.clients(pin).map(|(anew, _)| Arc::new(anew))
     }
 
-    /// The same, and one that can resume its sessions and do nothing else: its key exchange is X25519 alone. What is recorded of
-    /// a resumed session stays secret if either that or the secret of the session before it does, and so on back to the whole
-    /// handshake, which had ML-KEM.
+    /// The same, and one that resumes its sessions: its key exchange is X25519 alone. In mode `tls` it may do nothing else: what is
+    /// recorded of a resumed session stays secret if either that or the secret of the session before it does, and so on back to the
+    /// whole handshake, which had ML-KEM.
     pub fn clients(&self, pin: PublicKey) -> Result<(ClientConfig, ClientConfig), Error> {
         let verifier = Arc::new(Pinned {
             admitted: Arc::new(RwLock::new(vec![pin])),

@@ -12,7 +12,7 @@ use serde::Serialize;
 use serde_json::{Value, json};
 use tokio::sync::{Notify, watch};
 
-use crate::config::{Changes, Config, Mode, Network, PROTOCOL, Peer, Probe, RelayId, Role};
+use crate::config::{Changes, Config, Network, PROTOCOL, Peer, Probe, RelayId, Role};
 use crate::confine::Confinement;
 use crate::congestion::Congestion;
 use crate::connection::{Connection, lock};
@@ -202,10 +202,7 @@ impl Relay {
         let lease = Duration::from_secs_f64(config.lease_s.min(config.lifetime_s));
         let admitted = Arc::new(RwLock::new(config.peers.iter().map(|peer| peer.public_key).collect()));
         Ok(Relay {
-            server_config: match config.mode {
-                Mode::Tls => resumption::server(&identity, admitted.clone())?,
-                Mode::None | Mode::Auth => identity.server(admitted.clone())?,
-            },
+            server_config: resumption::server(&identity, admitted.clone())?,
             admitted,
             probing: tokio::sync::Mutex::new(()),
             accepting: watch::Sender::new(true),
@@ -287,7 +284,7 @@ impl Relay {
         if let Some(caller) = callers.iter().find(|caller| caller.pin == pin && caller.is_fresh()) {
             return Ok(caller.clone());
         }
-        let caller = Arc::new(Caller::new(&self.identity, pin, self.config.mode == Mode::Tls)?);
+        let caller = Arc::new(Caller::new(&self.identity, pin)?);
         callers.retain(|other| other.pin != pin);
         callers.push(caller.clone());
         Ok(caller)

@@ -1,4 +1,4 @@
-//! Resumption in mode `tls` (RFC 8446, 2.2): a further connection between the two relays of a stream proves that it is between
+//! Resumption (RFC 8446, 2.2): a further connection between the two relays of a stream proves that it is between
 //! the same two with the secret of one before it, in place of keys and signatures. A ticket is good for one connection, which
 //! brings the next one. Tickets are in the memory of the two relays and nowhere else; there is no early data.
 
@@ -39,16 +39,12 @@ pub struct Caller {
 }
 
 impl Caller {
-    /// `resumes`: in mode `tls`. In mode `auth` a ticket would come behind the end of TLS.
-    pub fn new(identity: &Identity, pin: PublicKey, resumes: bool) -> Result<Caller, Error> {
+    pub fn new(identity: &Identity, pin: PublicKey) -> Result<Caller, Error> {
         let (mut anew, mut again) = identity.clients(pin)?;
-        let tickets = Arc::new(Tickets(Mutex::new(Kept { closed: !resumes, ..Kept::default() })));
-        if resumes {
-            for (config, resumes) in [(&mut anew, false), (&mut again, true)] {
-                config.resumption = Resumption::store(Arc::new(Store { tickets: tickets.clone(), resumes }));
-                config.send_ticket_request =
-                    Some(TicketRequest { new_session_count: 1, resumption_count: 1 });
-            }
+        let tickets = Arc::new(Tickets(Mutex::default()));
+        for (config, resumes) in [(&mut anew, false), (&mut again, true)] {
+            config.resumption = Resumption::store(Arc::new(Store { tickets: tickets.clone(), resumes }));
+            config.send_ticket_request = Some(TicketRequest { new_session_count: 1, resumption_count: 1 });
         }
         let (anew, again) = (Arc::new(anew), Arc::new(again));
         Ok(Caller { pin, since: Instant::now(), anew, again, tickets })
@@ -158,7 +154,7 @@ impl ClientSessionStore for Store {
     }
 }
 
-/// The configuration of a PROD relay in mode `tls`: as `Identity::server`, and a ticket for whoever asks for one.
+/// The configuration of a PROD relay: as `Identity::server`, and a ticket for whoever asks for one.
 pub fn server(
     identity: &Identity,
     admitted: Arc<RwLock<Vec<PublicKey>>>,

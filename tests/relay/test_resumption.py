@@ -1,4 +1,4 @@
-"""Mode tls: connections resume the session of an earlier one. The two hellos of each show on the wire what it is."""
+"""Connections resume the session of an earlier one. The two hellos of each show on the wire what it is."""
 
 import socket
 import struct
@@ -10,6 +10,8 @@ from .gateway import Gateway, Pair, Relay, eventually, join
 CLIENT_HELLO, SERVER_HELLO = 1, 2
 PRE_SHARED_KEY, EARLY_DATA, PSK_MODES, KEY_SHARE = 41, 42, 45, 51
 X25519, X25519_ML_KEM_768 = 0x001D, 0x11EC
+WHOLE = {"tls": [X25519_ML_KEM_768, X25519], "auth": [X25519]}
+"""The exchanges that a handshake without a ticket offers."""
 WITH_AN_EXCHANGE = b"\x01\x01"
 """The only mode offered: a ticket never stands without fresh keys (RFC 8446, 4.2.9)."""
 
@@ -67,10 +69,10 @@ def carry(apps: Applications, server: socket.socket, cons: Relay, seed: int = 1)
     apps.forget(consumer, producer)
 
 
-def resuming(gateway: Gateway, apps: Applications, tap: Tap) -> tuple[socket.socket, Pair]:
+def resuming(gateway: Gateway, apps: Applications, tap: Tap, mode: str) -> tuple[socket.socket, Pair]:
     """An application, and a stream to it of which one connection is over that has resumed."""
     server = apps.listen()
-    pair = gateway.pair("tls", [server.getsockname()], via=tap)
+    pair = gateway.pair(mode, [server.getsockname()], via=tap)
     carry(apps, server, pair.cons)
     pair.wait_closed(1)
     assert has_resumed(tap, -1)
@@ -78,10 +80,10 @@ def resuming(gateway: Gateway, apps: Applications, tap: Tap) -> tuple[socket.soc
 
 
 def test_a_further_connection_resumes_and_carries_the_exact_bytes(
-    gateway: Gateway, apps: Applications, tap: Tap
+    gateway: Gateway, apps: Applications, tap: Tap, proven_mode: str
 ) -> None:
     server = apps.listen()
-    pair = gateway.pair("tls", [server.getsockname()], via=tap)
+    pair = gateway.pair(proven_mode, [server.getsockname()], via=tap)
     probe = len(tap.legs) - 1
     for number in range(3):
         carry(apps, server, pair.cons, number)
@@ -89,8 +91,8 @@ def test_a_further_connection_resumes_and_carries_the_exact_bytes(
     legs = range(probe, len(tap.legs))
     for leg in legs:
         hello = offered(tap, leg)
-        # Whoever has no ticket exchanges ML-KEM; whoever has one need not, but always a fresh key.
-        assert hello.groups() == ([X25519] if hello.has_ticket() else [X25519_ML_KEM_768, X25519])
+        # In mode tls, whoever has no ticket exchanges ML-KEM; whoever has one need not, but always a fresh key.
+        assert hello.groups() == ([X25519] if hello.has_ticket() else WHOLE[proven_mode])
         assert hello.extensions[PSK_MODES] == WITH_AN_EXCHANGE
         assert EARLY_DATA not in hello.extensions
         assert has_resumed(tap, leg) == hello.has_ticket() == (leg > probe)
@@ -98,24 +100,12 @@ def test_a_further_connection_resumes_and_carries_the_exact_bytes(
     assert len({ticket[4:36] for ticket in tickets}) == len(tickets)
 
 
-def test_in_mode_auth_nothing_is_resumed(gateway: Gateway, apps: Applications, tap: Tap) -> None:
-    server = apps.listen()
-    pair = gateway.pair("auth", [server.getsockname()], via=tap)
-    probe = len(tap.legs) - 1
-    for number in range(2):
-        carry(apps, server, pair.cons, number)
-    pair.wait_closed(2)
-    for leg in range(probe, len(tap.legs)):
-        assert not offered(tap, leg).has_ticket()
-        assert not has_resumed(tap, leg)
-
-
 def test_many_connections_at_once_resume_as_far_as_there_are_tickets(
-    gateway: Gateway, apps: Applications, tap: Tap
+    gateway: Gateway, apps: Applications, tap: Tap, proven_mode: str
 ) -> None:
     server = apps.listen()
     many = {"max_connections": 100}
-    pair = gateway.pair("tls", [server.getsockname()], via=tap, prod=many, cons=many)
+    pair = gateway.pair(proven_mode, [server.getsockname()], via=tap, prod=many, cons=many)
     probe = len(tap.legs) - 1
     for _ in range(2):
         consumers = [apps.connect(pair.cons) for _ in range(100)]
@@ -133,10 +123,10 @@ def test_many_connections_at_once_resume_as_far_as_there_are_tickets(
 
 
 def test_a_ticket_is_worth_nothing_a_second_time_nor_at_another_stream(
-    gateway: Gateway, apps: Applications, tap: Tap
+    gateway: Gateway, apps: Applications, tap: Tap, proven_mode: str
 ) -> None:
-    server, pair = resuming(gateway, apps, tap)
-    other = gateway.pair("tls", [server.getsockname()])
+    server, pair = resuming(gateway, apps, tap, proven_mode)
+    other = gateway.pair(proven_mode, [server.getsockname()])
     for relay in (pair.prod, other.prod):
         again = apps.dial(relay.address())
         again.sendall(tap.to_prod[-1][: 5 + int.from_bytes(tap.to_prod[-1][3:5], "big")])
@@ -147,10 +137,10 @@ def test_a_ticket_is_worth_nothing_a_second_time_nor_at_another_stream(
 
 
 def test_no_ticket_is_shown_to_a_relay_with_another_key(
-    gateway: Gateway, apps: Applications, tap: Tap
+    gateway: Gateway, apps: Applications, tap: Tap, proven_mode: str
 ) -> None:
-    server, pair = resuming(gateway, apps, tap)
-    other = gateway.start(gateway.config("PROD", "tls", targets=[join(server.getsockname())]))
+    server, pair = resuming(gateway, apps, tap, proven_mode)
+    other = gateway.start(gateway.config("PROD", proven_mode, targets=[join(server.getsockname())]))
     gateway.introduce(other, pair.cons)
     first = len(tap.legs)
     address = join(tap(other.address()))
@@ -162,13 +152,9 @@ def test_no_ticket_is_shown_to_a_relay_with_another_key(
     assert has_resumed(tap, -1)
 
 
-def test_who_finds_its_ticket_forgotten_dials_anew_before_it_says_a_word(
-    gateway: Gateway, apps: Applications, tap: Tap
+def carry_though_its_ticket_is_spent(
+    apps: Applications, server: socket.socket, pair: Pair, tap: Tap
 ) -> None:
-    """Without the ticket that handshake has X25519 alone, which is not what mode tls promises."""
-    server = apps.listen()
-    pair = gateway.pair("tls", [server.getsockname()], via=tap)
-
     def spend(first: bytes) -> None:
         if first[5] == CLIENT_HELLO and Hello.read(CLIENT_HELLO, first).has_ticket():
             spender = apps.dial(pair.prod.address())
@@ -176,20 +162,45 @@ def test_who_finds_its_ticket_forgotten_dials_anew_before_it_says_a_word(
             receive_exactly(spender, 5)
             apps.forget(spender)
 
-    leg = len(tap.legs)
     tap.begins = spend
     carry(apps, server, pair.cons)
     tap.begins = None
+
+
+def test_who_finds_its_ticket_forgotten_dials_anew_before_it_says_a_word(
+    gateway: Gateway, apps: Applications, tap: Tap
+) -> None:
+    """Without the ticket that handshake has X25519 alone, which is not what mode tls promises."""
+    server = apps.listen()
+    pair = gateway.pair("tls", [server.getsockname()], via=tap)
+    leg = len(tap.legs)
+    carry_though_its_ticket_is_spent(apps, server, pair, tap)
     pair.wait_closed(1)
     assert offered(tap, leg).has_ticket()
     assert not has_resumed(tap, leg)
     # Its hello and nothing else.
     assert len(tap.to_prod[leg]) == 5 + int.from_bytes(tap.to_prod[leg][3:5], "big")
-    assert offered(tap, leg + 1).groups() == [X25519_ML_KEM_768, X25519]
+    assert offered(tap, leg + 1).groups() == WHOLE["tls"]
     assert not offered(tap, leg + 1).has_ticket()
     assert len(tap.legs) == leg + 2
     carry(apps, server, pair.cons)
     assert has_resumed(tap, -1)
+
+
+def test_in_mode_auth_who_finds_its_ticket_forgotten_proves_its_key_on_the_same_connection(
+    gateway: Gateway, apps: Applications, tap: Tap
+) -> None:
+    server = apps.listen()
+    pair = gateway.pair("auth", [server.getsockname()], via=tap)
+    leg = len(tap.legs)
+    carry_though_its_ticket_is_spent(apps, server, pair, tap)
+    assert offered(tap, leg).has_ticket()
+    assert not has_resumed(tap, leg)
+    carry(apps, server, pair.cons)
+    pair.wait_closed(2)
+    assert len(tap.legs) == leg + 2
+    assert has_resumed(tap, -1)
+    assert pair.prod.events("refused") == []
 
 
 def test_who_dials_anew_has_hung_up_before(gateway: Gateway, apps: Applications) -> None:
@@ -213,11 +224,11 @@ def test_who_dials_anew_has_hung_up_before(gateway: Gateway, apps: Applications)
 
 
 def test_a_peer_that_is_revoked_in_the_middle_of_its_handshake_does_not_come_in(
-    gateway: Gateway, apps: Applications, tap: Tap
+    gateway: Gateway, apps: Applications, tap: Tap, proven_mode: str
 ) -> None:
     """PROD has taken the ticket already; nothing that the peer says after that is heard."""
     server = apps.listen()
-    pair = gateway.pair("tls", [server.getsockname()], via=tap)
+    pair = gateway.pair(proven_mode, [server.getsockname()], via=tap)
     carry(apps, server, pair.cons)
     pair.wait_closed(1)
 
@@ -231,7 +242,8 @@ def test_a_peer_that_is_revoked_in_the_middle_of_its_handshake_does_not_come_in(
     eventually(lambda: [close["reason"] for close in pair.cons.events("close")] == ["closed", "denied"])
     assert nobody_waits(server)
     # The ticket that it was given with that answer is worth nothing either.
+    leg = len(tap.legs)
     assert apps.knock(pair.cons.address()) == (b"", "ConnectionResetError")
-    assert offered(tap, -2).has_ticket()
-    assert not has_resumed(tap, -2)
+    assert offered(tap, leg).has_ticket()
+    assert not has_resumed(tap, leg)
     assert nobody_waits(server)
