@@ -19,6 +19,7 @@ use std::time::{Duration, Instant};
 
 use harness::*;
 use key::{Ciphers, Identity};
+use rustix::process::{Pid, Signal, kill_process};
 use rustls::pki_types::ServerName;
 use rustls::{AlertDescription, ClientConnection, Connection};
 use serde_json::{Value, json};
@@ -176,6 +177,29 @@ fn an_answer_given_after_the_end_of_the_question_arrives() {
         });
         exchange(consumer, payload(round), payload(round + 9)).join().unwrap();
         answering.join().unwrap();
+    }
+}
+
+#[test]
+#[ignore = "needs a relay: tests/relay/test_kernel_tls.py and test_records.py run it"]
+fn what_is_said_before_the_way_is_open_arrives_and_the_end_waits_for_no_more_of_it() {
+    let path = Path::open("early", json!({}));
+    let cons = Pid::from_child(&path.cons.process);
+    for length in [1, 959, 960, 961, 50_000] {
+        kill_process(cons, Signal::STOP).unwrap();
+        let mut consumer = prepared(TcpStream::connect(path.cons.address()).unwrap());
+        consumer.write_all(&payload(1)[..length]).unwrap();
+        kill_process(cons, Signal::CONT).unwrap();
+        let mut producer = prepared(path.producer.accept().unwrap().0);
+        let mut early = vec![0; length];
+        producer.read_exact(&mut early).unwrap();
+        assert_eq!(early, &payload(1)[..length]);
+        echo(&mut consumer, b"the next message", &mut producer);
+        path.assert_carried_as_wanted();
+        let there = exchange(producer, payload(2), payload(3));
+        exchange(consumer, payload(3), payload(2)).join().unwrap();
+        there.join().unwrap();
+        path.wait_closed();
     }
 }
 
