@@ -230,7 +230,9 @@ async fn begin_data(
     let books = Books(relay.clone(), connection.clone());
     let closing = tokio::select! {
         begun = answer(wan, target) => match begun {
-            Ok((legs, session)) => return Some(Begun { books, active, onward: target, legs, session, first_word: Ok(0) }),
+            Ok((legs, session)) => {
+                return Some(Begun { books, active, onward: target, legs, session, first_word: Ok(0) });
+            }
             Err(closing) => closing,
         },
         reason = connection.is_cut() => Closing { reason, abort: None, text: None },

@@ -68,12 +68,13 @@ def join(address: tuple[Any, ...]) -> str:
 
 
 def is_running(pid: int) -> bool:
-    """Whether the process exists and is no zombie that init has yet to reap."""
+    """Whether the process exists and is no zombie that init has yet to reap. One whose first thread is dead may have others."""
     try:
-        stat = Path(f"/proc/{pid}/stat").read_text()
+        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
     except (FileNotFoundError, ProcessLookupError):
         return False
-    return stat.rpartition(")")[2].split()[0] not in "ZX"
+    state, threads = fields[0], int(fields[17])
+    return state not in "ZX" or threads > 1
 
 
 def listening() -> set[tuple[str, int]]:
