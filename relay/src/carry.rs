@@ -31,7 +31,7 @@ pub struct Begun {
     pub legs: Legs,
     /// In mode `tls` only.
     pub session: Option<Box<Session>>,
-    /// How many bytes from the LAN are on the WAN already, or how the LAN has failed.
+    /// How many bytes from the LAN are on the WAN already, and counted, or how the LAN has failed.
     pub first_word: io::Result<usize>,
 }
 
@@ -78,10 +78,6 @@ fn carry(begun: Begun) -> Option<Carrying> {
             return None;
         }
     };
-    if first_word > 0 {
-        connection.first_byte();
-        connection.lan_to_wan().add(first_word);
-    }
     let Some(session) = session else { return Some(to_the_end(books, active, legs, Clear)) };
     let pump = match ktls::hand_over(&relay.kernel_tls, *session, &legs.wan, first_word) {
         Ok(Handed::ToKernel(tls)) => {

@@ -3,6 +3,7 @@
 use std::io;
 use std::net::SocketAddr;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
 
 use tokio::task::JoinSet;
@@ -13,7 +14,7 @@ use crate::connection::Legs;
 use crate::errno;
 use crate::listen::Active;
 use crate::preamble::{ANSWER_BYTES, Answer, FIRST_WORD_BYTES, Kind, REQUEST_BYTES, Request, Verdict};
-use crate::relay::{Books, Closing, Dial, NO_PEERS, ProbeResult, Relay};
+use crate::relay::{Books, Closing, Dial, NO_PEERS, ProbeResult, Reason, Relay};
 use crate::socket::{
     First, TcpStream, close_in_order, connect, have_spoken, read_exact, shutdown_write, write_all,
 };
@@ -25,6 +26,9 @@ const FIRST_PAUSE_S: f64 = 0.02;
 const LONGEST_PAUSE_S: f64 = 2.0;
 const PAUSE_GROWTH: f64 = 1.6;
 
+/// The result of a call that nobody has answered.
+const TIMEOUT: &str = "timeout";
+
 /// Begins one LAN connection. What cannot be carried is reset, as a direct connection would be refused.
 pub async fn begin(relay: Arc<Relay>, active: Active, lan: TcpStream, source: SocketAddr) -> Option<Begun> {
     let connection = relay.open(active.listener(), source);
@@ -34,15 +38,31 @@ pub async fn begin(relay: Arc<Relay>, active: Active, lan: TcpStream, source: So
         relay.close(&connection, None);
         return None;
     };
+    let consumer = Consumer { lan: &lan, sent_bytes: AtomicUsize::new(0) };
     let called = tokio::select! {
-        called = call(&relay, &dial, Kind::Data, 0, Some(&lan)) => called.map_err(|failure| {
+        called = call(&relay, &dial, Kind::Data, 0, Some(&consumer)) => called.map_err(|failure| {
             relay.note_probe(failure.clone());
-            Closing { reason: failure.result, abort: None, text: failure.errno }
+            // Without an answer PROD may have passed the word on; what it has refused it has not.
+            let unanswered = failure.result == TIMEOUT && consumer.sent_bytes() > 0;
+            if !unanswered {
+                consumer.sent_bytes.store(0, Ordering::Relaxed);
+            }
+            Closing {
+                reason: failure.result,
+                abort: unanswered.then_some(Reason::RelayLost),
+                text: failure.errno,
+            }
         }),
         reason = connection.is_cut() => Err(Closing { reason, abort: None, text: None }),
     };
+    let sent_bytes = consumer.sent_bytes();
+    if sent_bytes > 0 {
+        connection.first_byte();
+        connection.lan_to_wan().add(sent_bytes);
+    }
     match called {
-        Ok(Called { wan, session, first_word }) => {
+        Ok(Called { wan, session, heard }) => {
+            let first_word = heard.map(|()| sent_bytes);
             Some(Begun { books, active, onward: dial.address, legs: Legs { lan, wan }, session, first_word })
         }
         Err(closing) => {
@@ -53,25 +73,38 @@ pub async fn begin(relay: Arc<Relay>, active: Active, lan: TcpStream, source: So
     }
 }
 
+/// The application that a connection is for.
+struct Consumer<'a> {
+    lan: &'a TcpStream,
+    /// Of what it has said, on the WAN already.
+    sent_bytes: AtomicUsize,
+}
+
+impl Consumer<'_> {
+    fn sent_bytes(&self) -> usize {
+        self.sent_bytes.load(Ordering::Relaxed)
+    }
+}
+
 /// What PROD has said ok to.
 struct Called {
     wan: TcpStream,
     session: Option<Box<Session>>,
-    /// How many bytes of payload PROD has already.
-    first_word: io::Result<usize>,
+    /// How the application has failed meanwhile.
+    heard: io::Result<()>,
 }
 
 /// Connects to a PROD listener and asks for `kind`. After Ok for data, what follows on the stream is payload (inside the
 /// session, if there is one). A probe's connection is closed.
 ///
-/// What the application at `lan` has said by then goes behind the request, so that it is a round trip of the WAN earlier at the
+/// What the consumer has said by then goes behind the request, so that it is a round trip of the WAN earlier at the
 /// other one. PROD has proven its key before that, in the modes where it has one.
 async fn call(
     relay: &Relay,
     dial: &Dial,
     kind: Kind,
     lease_s: u32,
-    lan: Option<&TcpStream>,
+    consumer: Option<&Consumer<'_>>,
 ) -> Result<Called, ProbeResult> {
     let failed = |result: &'static str, errno: Option<String>| ProbeResult {
         result,
@@ -84,7 +117,7 @@ async fn call(
     let mut stream = dialled().await.map_err(|error| {
         let result = match error.kind() {
             io::ErrorKind::ConnectionRefused => "refused",
-            io::ErrorKind::TimedOut => "timeout",
+            io::ErrorKind::TimedOut => TIMEOUT,
             // PROD has accepted, and turned us away before we looked; as below.
             io::ErrorKind::ConnectionReset => "not-ready",
             _ => "no-route",
@@ -113,14 +146,19 @@ async fn call(
         let request =
             Request { kind, mode: relay.config.mode, relay_id: dial.relay_id, listener: dial.index, lease_s };
         let mut message = [0; ANSWER_BYTES];
+        let has_sent = |heard: &io::Result<usize>| {
+            if let (Some(consumer), Ok(heard_bytes)) = (consumer, heard) {
+                consumer.sent_bytes.store(*heard_bytes, Ordering::Relaxed);
+            }
+        };
         // In mode `auth` TLS ends in both directions with the request and with its answer.
         let ends = relay.config.mode == Mode::Auth && kind == Kind::Data;
-        let first_word;
+        let heard;
         match &mut session {
             Some(session) => {
                 session.send(&request.encode())?;
                 let mut word = Vec::new();
-                first_word = hear(lan, &mut word);
+                heard = hear(consumer, &mut word);
                 if ends {
                     session.send_close_notify()?;
                     session.outgoing.add_clear(&word);
@@ -129,14 +167,17 @@ async fn call(
                 }
                 drop(word);
                 session.flush(&stream).await?;
+                has_sent(&heard);
                 let behind_bytes = if ends { least_record_bytes(ALERT_BYTES) } else { 0 };
                 session.read_exact(&stream, &mut message, behind_bytes).await?;
             }
             None => {
                 let mut words = Vec::with_capacity(REQUEST_BYTES + FIRST_WORD_BYTES);
                 words.extend_from_slice(&request.encode());
-                first_word = hear(lan, &mut words);
+                heard = hear(consumer, &mut words);
                 write_all(&stream, &words).await?;
+                drop(words);
+                has_sent(&heard);
                 have_spoken(&stream);
                 read_exact(&stream, &mut message).await?;
             }
@@ -148,9 +189,10 @@ async fn call(
                 client.read_close_notify(&stream).await?;
                 session = None;
             }
+            // The verdict is there, whether PROD hears this or has gone.
             Some(client) if !go_on && !ends => {
-                client.send_close_notify()?;
-                client.flush(&stream).await?;
+                let _ = client.send_close_notify();
+                let _ = client.flush(&stream).await;
             }
             _ => {}
         }
@@ -158,14 +200,14 @@ async fn call(
             let _ = shutdown_write(&stream);
             close_in_order(&stream);
         }
-        Ok::<_, HandshakeError>((answer, Called { wan: stream, session, first_word }))
+        Ok::<_, HandshakeError>((answer, Called { wan: stream, session, heard: heard.map(drop) }))
     };
     let (answer, called) = match timer::timeout(timeout, conversation).await {
         Ok(Ok(answered)) => answered,
         // PROD closes on us while it has no peers: it is not ready, or it is no relay.
         Ok(Err(HandshakeError::Io(error))) => return Err(failed("not-ready", Some(errno::of(&error)))),
         Ok(Err(HandshakeError::Tls(error))) => return Err(failed("peer-rejected", Some(error.to_string()))),
-        Err(_) => return Err(failed("timeout", Some("ETIMEDOUT".into()))),
+        Err(_) => return Err(failed(TIMEOUT, Some("ETIMEDOUT".into()))),
     };
     let errno = answer.filter(|answer| answer.errno != 0).map(|answer| errno::name(answer.errno.into()));
     match answer.map(|answer| answer.verdict) {
@@ -180,11 +222,11 @@ async fn call(
 
 /// Takes what an application has said already, to the end of `words`; how many bytes that were. Having ended or said nothing it
 /// is asked again later. A reset is said only once, so its error is kept.
-fn hear(lan: Option<&TcpStream>, words: &mut Vec<u8>) -> io::Result<usize> {
-    let Some(lan) = lan else { return Ok(0) };
+fn hear(consumer: Option<&Consumer<'_>>, words: &mut Vec<u8>) -> io::Result<usize> {
+    let Some(consumer) = consumer else { return Ok(0) };
     let before = words.len();
     words.resize(before + FIRST_WORD_BYTES, 0);
-    let heard = match lan.try_read(&mut words[before..]) {
+    let heard = match consumer.lan.try_read(&mut words[before..]) {
         Err(error) if error.kind() == io::ErrorKind::WouldBlock => Ok(0),
         heard => heard,
     };

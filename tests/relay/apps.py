@@ -221,6 +221,10 @@ class Applications:
             task.abandon()
 
 
+def _pass_on(_: list[str], destination: socket.socket, piece: bytes) -> None:
+    destination.sendall(piece)
+
+
 class Tap:
     """Stands on the WAN between two relays: records each byte, and can cut."""
 
@@ -236,6 +240,8 @@ class Tap:
         self._has_cut = False
         self.begins: Callable[[bytes], object] | None = None
         """Told of the first bytes of each direction, before they go on."""
+        self.passes: Callable[[list[str], socket.socket, bytes], object] = _pass_on
+        """Gives a piece to where it is to go; told whose turn it was on this connection so far, and is."""
 
     def __call__(self, far: tuple[str, int]) -> tuple[str, int]:
         """Stands before this address from now on; the address to dial instead."""
@@ -260,21 +266,24 @@ class Tap:
                     self.legs.append((near, far))
                     self.to_prod.append(there)
                     self.to_cons.append(back)
-                    self.speakers.append(turns := [])
-                self._pump(near, far, there, lambda: self._speaks(turns, "cons"))
-                self._pump(far, near, back, lambda: self._speaks(turns, "prod"))
+                    turns: list[str] = []
+                    self.speakers.append(turns)
+                self._pump(near, far, there, turns, "cons")
+                self._pump(far, near, back, turns, "prod")
 
-    def _speaks(self, turns: list[str], who: str) -> None:
+    def _speaks(self, turns: list[str], who: str) -> list[str]:
         with self._lock:
             if turns[-1:] != [who]:
                 turns.append(who)
+            return list(turns)
 
     def _pump(
         self,
         source: socket.socket,
         destination: socket.socket,
         record: bytearray,
-        speaks: Callable[[], None],
+        turns: list[str],
+        who: str,
     ) -> None:
         def pump() -> None:
             source.settimeout(None)
@@ -283,8 +292,7 @@ class Tap:
                     if self.begins and not record:
                         self.begins(piece)
                     record.extend(piece)
-                    speaks()
-                    destination.sendall(piece)
+                    self.passes(self._speaks(turns, who), destination, piece)
                 destination.shutdown(socket.SHUT_WR)
             except OSError:
                 # After a cut one relay's reset must not overtake the FIN that the other one is to see.

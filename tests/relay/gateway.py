@@ -68,7 +68,10 @@ def join(address: tuple[Any, ...]) -> str:
 
 
 def is_running(pid: int) -> bool:
-    """Whether the process exists and is no zombie that init has yet to reap. One whose first thread is dead may have others."""
+    """Whether the process exists and is no zombie that init has yet to reap.
+
+    One whose first thread is dead may have others.
+    """
     try:
         fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
     except (FileNotFoundError, ProcessLookupError):

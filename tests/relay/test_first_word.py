@@ -2,6 +2,10 @@
 
 import signal
 import socket
+import threading
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
 
 import pytest
 
@@ -26,6 +30,23 @@ def go_on(pair: Pair) -> None:
     pair.cons.kill(signal.SIGCONT)
 
 
+def turns_to_the_answer(mode: str) -> list[str]:
+    """The request and the answer; and in the modes with a handshake, its beginning."""
+    return ["cons", "prod"] * (1 if mode == "none" else 2)
+
+
+def instead_of_the_answer(
+    mode: str, what: Callable[[socket.socket, bytes], None]
+) -> Callable[[list[str], socket.socket, bytes], None]:
+    def passes(turns: list[str], destination: socket.socket, piece: bytes) -> None:
+        if turns == turns_to_the_answer(mode):
+            what(destination, piece)
+        else:
+            destination.sendall(piece)
+
+    return passes
+
+
 def test_the_first_word_is_a_round_trip_of_the_wan_earlier(
     gateway: Gateway, apps: Applications, tap: Tap, mode: str
 ) -> None:
@@ -35,8 +56,7 @@ def test_the_first_word_is_a_round_trip_of_the_wan_earlier(
     go_on(pair)
     producer = apps.accept(server)
     assert receive_exactly(producer, QUESTION.size) == QUESTION.bytes()
-    # the request; and in the modes with a handshake, its beginning
-    assert tap.speakers[-1].count("cons") == (1 if mode == "none" else 2)
+    assert tap.speakers[-1].count("cons") == len(turns_to_the_answer(mode)) / 2
     apps.exchange(consumer, producer, LONG_QUESTION, Payload(3, 300_000))
     path = "tls-copy" if mode == "tls" else "splice"
     for relay in pair:
@@ -91,3 +111,61 @@ def test_a_refusal_arrives_though_nobody_has_read_the_word(
     (_, refused) = eventually(lambda: pair.cons.events("close")[1:] and pair.cons.events("close"))
     assert (refused["reason"], refused["errno"]) == ("unreachable", "ECONNREFUSED")
     assert refused["bytes"] == {"to_producer": 0, "to_consumer": 0}
+
+
+def are_connected(near_port: int, far_port: int) -> bool:
+    rows = [row.split() for row in Path("/proc/net/tcp").read_text().splitlines()[1:]]
+    ends = [f":{near_port:04X}", f":{far_port:04X}"]
+    return any([row[1][-5:], row[2][-5:]] == ends for row in rows)
+
+
+def assert_set(event: threading.Event) -> None:
+    assert event.wait(20)
+
+
+def test_a_refusal_counts_whatever_follows_it(
+    gateway: Gateway, apps: Applications, tap: Tap, mode: str
+) -> None:
+    """A PROD that has not read the word resets the connection behind its answer."""
+    server = apps.listen()
+    pair = gateway.pair(mode, [server.getsockname()], via=tap, prod={"max_connections": 1})
+    apps.established(server, pair.cons)
+
+    def answer_and_reset(cons: socket.socket, answer: bytes) -> None:
+        ends = cons.getpeername()[1], cons.getsockname()[1]
+        pair.cons.kill(signal.SIGSTOP)
+        try:
+            cons.sendall(answer)
+            cons.shutdown(socket.SHUT_RD)  # who waits for it lets it go, and may reset it as well
+            with suppress(OSError):
+                reset(cons)
+            eventually(lambda: not are_connected(*ends))
+        finally:
+            go_on(pair)
+
+    tap.passes = instead_of_the_answer(mode, answer_and_reset)
+    consumer = early(apps, pair, QUESTION.bytes())
+    go_on(pair)
+    assert receive_until_broken(consumer) == (b"", BROKEN)
+    assert pair.cons.wait_close()["reason"] == "busy"
+    assert pair.cons.status()["last_probe"]["result"] == "busy"
+
+
+def test_a_word_that_nobody_has_answered_for_may_have_arrived_and_counts(
+    gateway: Gateway, apps: Applications, tap: Tap, mode: str
+) -> None:
+    server = apps.listen()
+    soon = {"until": "closed", "linger_s": 0.2}
+    times = {"handshake_timeout_s": 0.5, "connect_timeout_s": 0.5}
+    pair = gateway.pair(mode, [server.getsockname()], via=tap, prod=soon, cons=soon | times)
+    given_up = threading.Event()
+    tap.passes = instead_of_the_answer(mode, lambda _cons, _answer: assert_set(given_up))
+    consumer = early(apps, pair, QUESTION.bytes())
+    go_on(pair)
+    producer = apps.accept(server)
+    assert receive_until_broken(consumer) == (b"", BROKEN)
+    given_up.set()
+    assert receive_until_broken(producer) == (QUESTION.bytes(), BROKEN)
+    ends = [relay.wait_end() for relay in pair]
+    assert [end["bytes"]["to_producer"] for end in ends] == [QUESTION.size] * 2
+    assert [end["reason"] for end in ends] == ["aborted_by_consumer", "relay_lost"]

@@ -152,9 +152,7 @@ def test_no_ticket_is_shown_to_a_relay_with_another_key(
     assert has_resumed(tap, -1)
 
 
-def carry_though_its_ticket_is_spent(
-    apps: Applications, server: socket.socket, pair: Pair, tap: Tap
-) -> None:
+def carry_though_its_ticket_is_spent(apps: Applications, server: socket.socket, pair: Pair, tap: Tap) -> None:
     def spend(first: bytes) -> None:
         if first[5] == CLIENT_HELLO and Hello.read(CLIENT_HELLO, first).has_ticket():
             spender = apps.dial(pair.prod.address())
