@@ -600,7 +600,8 @@ class Registry:
     def _begin_audit_file(self) -> None:
         with self.lock(_AUDIT, timeout_s=30):
             names = [self.state_dir / name for name in _audit_names()]
-            if names[0].stat().st_size < AUDIT_FILE_BYTES:  # another process has begun it
+            # another process has begun it, or has put the full one away and not written yet
+            if not names[0].exists() or names[0].stat().st_size < AUDIT_FILE_BYTES:
                 return
             for newer, older in reversed([*pairwise(names)]):
                 with contextlib.suppress(FileNotFoundError):
