@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Final, Literal, TypeVar
 
+from .chains import KINDS
 from .results import Bulk, Carried, Connects, Idle, Latency, Many, Opening, Rate, Results, Slow
 
 R = TypeVar("R", bound=Carried)
@@ -35,8 +36,9 @@ def bulk(results: Results) -> list[Bulk]:
 
 
 def relays(runs: Iterable[Carried]) -> list[str]:
-    """In the order in which they first ran."""
-    return list(dict.fromkeys(run.relay for run in runs))
+    """In the order of KINDS, whatever order they ran in; behind them what has a name of its own."""
+    found = dict.fromkeys(run.relay for run in runs)
+    return [*(name for name in KINDS if name in found), *(name for name in found if name not in KINDS)]
 
 
 @dataclass(frozen=True)
