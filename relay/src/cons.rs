@@ -97,8 +97,8 @@ struct Called {
 /// Connects to a PROD listener and asks for `kind`. After Ok for data, what follows on the stream is payload (inside the
 /// session, if there is one). A probe's connection is closed.
 ///
-/// What the consumer has said by then goes behind the request, so that it is a round trip of the WAN earlier at the
-/// other one. PROD has proven its key before that, in the modes where it has one.
+/// What the consumer has said by then goes behind the request, so that the producer has it a round trip of the WAN earlier. PROD
+/// has proven its key before that, in the modes where it has one.
 async fn call(
     relay: &Relay,
     dial: &Dial,

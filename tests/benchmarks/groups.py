@@ -143,7 +143,7 @@ class Bench:
     def turns(self, kinds: Sequence[Kind], rounds: int) -> Iterator[tuple[int, Kind]]:
         """Every round, every relay in it once, in an order of its own: nobody always has the same one before it."""
         for number in range(rounds):
-            for kind in random.Random(number).sample(list(kinds), len(kinds)):  # noqa: S311 - no secret
+            for kind in random.Random(number).sample(kinds, len(kinds)):  # noqa: S311 - an order, no secret
                 yield number, kind
 
 

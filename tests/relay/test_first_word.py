@@ -5,8 +5,8 @@ import socket
 import threading
 from collections.abc import Callable
 from contextlib import suppress
-from pathlib import Path
 
+import psutil
 import pytest
 
 from .apps import Applications, Payload, Tap, receive_exactly, receive_until_broken, reset
@@ -114,9 +114,8 @@ def test_a_refusal_arrives_though_nobody_has_read_the_word(
 
 
 def are_connected(near_port: int, far_port: int) -> bool:
-    rows = [row.split() for row in Path("/proc/net/tcp").read_text().splitlines()[1:]]
-    ends = [f":{near_port:04X}", f":{far_port:04X}"]
-    return any([row[1][-5:], row[2][-5:]] == ends for row in rows)
+    ends = [near_port, far_port]
+    return any([*one.laddr[1:], *one.raddr[1:]] == ends for one in psutil.net_connections("tcp4"))
 
 
 def assert_set(event: threading.Event) -> None:

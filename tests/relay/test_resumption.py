@@ -152,7 +152,14 @@ def test_no_ticket_is_shown_to_a_relay_with_another_key(
     assert has_resumed(tap, -1)
 
 
-def carry_though_its_ticket_is_spent(apps: Applications, server: socket.socket, pair: Pair, tap: Tap) -> None:
+def begun_with_a_spent_ticket(
+    gateway: Gateway, apps: Applications, tap: Tap, mode: str
+) -> tuple[socket.socket, Pair, int]:
+    """An application, a stream to it of which one connection is over, and the first leg of that one."""
+    server = apps.listen()
+    pair = gateway.pair(mode, [server.getsockname()], via=tap)
+    leg = len(tap.legs)
+
     def spend(first: bytes) -> None:
         if first[5] == CLIENT_HELLO and Hello.read(CLIENT_HELLO, first).has_ticket():
             spender = apps.dial(pair.prod.address())
@@ -163,19 +170,17 @@ def carry_though_its_ticket_is_spent(apps: Applications, server: socket.socket, 
     tap.begins = spend
     carry(apps, server, pair.cons)
     tap.begins = None
+    pair.wait_closed(1)
+    assert offered(tap, leg).has_ticket()
+    assert not has_resumed(tap, leg)
+    return server, pair, leg
 
 
 def test_who_finds_its_ticket_forgotten_dials_anew_before_it_says_a_word(
     gateway: Gateway, apps: Applications, tap: Tap
 ) -> None:
     """Without the ticket that handshake has X25519 alone, which is not what mode tls promises."""
-    server = apps.listen()
-    pair = gateway.pair("tls", [server.getsockname()], via=tap)
-    leg = len(tap.legs)
-    carry_though_its_ticket_is_spent(apps, server, pair, tap)
-    pair.wait_closed(1)
-    assert offered(tap, leg).has_ticket()
-    assert not has_resumed(tap, leg)
+    server, pair, leg = begun_with_a_spent_ticket(gateway, apps, tap, "tls")
     # Its hello and nothing else.
     assert len(tap.to_prod[leg]) == 5 + int.from_bytes(tap.to_prod[leg][3:5], "big")
     assert offered(tap, leg + 1).groups() == WHOLE["tls"]
@@ -188,12 +193,7 @@ def test_who_finds_its_ticket_forgotten_dials_anew_before_it_says_a_word(
 def test_in_mode_auth_who_finds_its_ticket_forgotten_proves_its_key_on_the_same_connection(
     gateway: Gateway, apps: Applications, tap: Tap
 ) -> None:
-    server = apps.listen()
-    pair = gateway.pair("auth", [server.getsockname()], via=tap)
-    leg = len(tap.legs)
-    carry_though_its_ticket_is_spent(apps, server, pair, tap)
-    assert offered(tap, leg).has_ticket()
-    assert not has_resumed(tap, leg)
+    server, pair, leg = begun_with_a_spent_ticket(gateway, apps, tap, "auth")
     carry(apps, server, pair.cons)
     pair.wait_closed(2)
     assert len(tap.legs) == leg + 2
