@@ -1170,8 +1170,8 @@ class S2CS:
     def _clear_away(self, gateway: str, relay_id: str, *, alive: bool) -> None:
         try:
             relays = self._relays(gateway)
-            if alive:
-                relays.stop(relay_id, reason="admin")
+            # One that has ended by now says why it did, as whose stream was released meanwhile.
+            if alive and relays.stop(relay_id, reason="admin").reason == "admin":
                 log.warning("stopped relay %s on gateway %s: no stream has it", relay_id, gateway)
             relays.forget(relay_id)
         except (RelayError, NotFound, ProtocolMismatch) as wrong:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -167,6 +169,41 @@ def test_a_service_killed_while_a_relay_starts_leaves_none_behind(
     # the command that starts the relay may outlive the service that ran it: what comes up then is nobody's
     within(lambda: service.list({"protocol": 1}).streams == [] and not relays_below(state_base), timeout_s=5)
     within(lambda: not any((service.config.state_dir / "relays").glob("*")), timeout_s=1)
+
+
+def test_a_stream_that_is_released_while_a_sweep_looks_was_somebodys(
+    facility: Facility, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    ended, swept = threading.Event(), threading.Event()
+
+    def pause(record: logging.LogRecord) -> bool:  # a filter: a handler would hold up other threads too
+        if record.getMessage().split()[0] == "ended":
+            ended.set()
+            assert swept.wait(20)
+        return True
+
+    service, other = facility(), facility()
+    service.request(PROD)
+    look = service._running_everywhere
+    release = threading.Thread(target=other.release, args=[SIDE])
+
+    def look_slowly() -> Any:
+        running = look()
+        release.start()
+        assert ended.wait(20)
+        return running
+
+    monkeypatch.setattr(service, "_running_everywhere", look_slowly)
+    logger = logging.getLogger("scistream_flows.s2cs")
+    logger.addFilter(pause)
+    try:
+        with caplog.at_level(logging.DEBUG, logger=logger.name):
+            assert service.list({"protocol": 1}).streams == []
+    finally:
+        swept.set()
+        release.join(20)
+        logger.removeFilter(pause)
+    assert not [record for record in caplog.records if record.levelno >= logging.WARNING]
 
 
 def race(count: int, calls: list[tuple[str, dict[str, Any]]], tmp_path: Path) -> list[dict[str, Any]]:
