@@ -124,8 +124,7 @@ async fn call(
         };
         failed(result, Some(errno::of(&error)))
     })?;
-    // PROD may need its own connect time-out before it can answer.
-    let timeout = relay.handshake_timeout() + relay.connect_timeout();
+    let timeout = relay.answer_timeout();
     let conversation = async move {
         let mut session = None;
         if relay.config.mode != Mode::None {

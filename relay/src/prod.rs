@@ -23,10 +23,10 @@ use crate::tls::{ALERT_BYTES, HandshakeError, Session, least_record_bytes};
 
 /// An application that has sent something and closed within this time after it was connected had a session, a short one.
 const WHOLE_SESSION: Duration = Duration::from_secs(5);
-/// Of the handshake's time-out, which CONS grants besides the time for connecting onwards: so long may a probe wait for a target.
+/// Of the time in which CONS wants its answer: so long may a probe wait for a target. The rest is for connecting to it.
 const HELD_PART: f64 = 0.8;
-/// And no longer, because it grants its own time-out and not ours.
-const LONGEST_HELD: Duration = Duration::from_secs(4);
+/// And no longer, because what CONS grants are its own time-outs and not ours; so much is that part of the usual ones.
+const LONGEST_HELD: Duration = Duration::from_secs(12);
 const MOST_HELD: u64 = 4;
 /// Between two attempts at a target that has changed.
 const FIRST_PAUSE: Duration = Duration::from_millis(250);
@@ -175,7 +175,7 @@ async fn target_for_probe(relay: &Relay, listener: &Listener) -> Option<SocketAd
     let _held = Held::enter(&listener.held)?;
     tokio::select! {
         target = relay.target_comes(listener.index) => Some(target),
-        () = timer::sleep(relay.handshake_timeout().mul_f64(HELD_PART).min(LONGEST_HELD)) => None,
+        () = timer::sleep(relay.answer_timeout().mul_f64(HELD_PART).min(LONGEST_HELD)) => None,
         () = relay.closes_listeners() => None,
     }
 }

@@ -274,6 +274,11 @@ impl Relay {
         Duration::from_secs_f64(self.config.handshake_timeout_s)
     }
 
+    /// In which CONS wants PROD's answer: PROD may need its own connect time-out before it can give one.
+    pub fn answer_timeout(&self) -> Duration {
+        self.handshake_timeout() + self.connect_timeout()
+    }
+
     pub fn server_config(&self) -> Arc<ServerConfig> {
         self.server_config.clone()
     }
