@@ -26,7 +26,7 @@ from benchmarks.groups import CARRYING, QUICK, Bench
 from benchmarks.places import LOOPBACK, Spot
 from benchmarks.plots import draw
 from benchmarks.report import BLOCK, DOCUMENT, filled
-from benchmarks.results import GROUPS, Bulk, Failure, Group, Results, Run
+from benchmarks.results import GROUPS, Bulk, Failure, Group, Rate, Results, Run
 from benchmarks.tables import tables
 from benchmarks.workload import Workload, WorkloadError
 from relay.apps import Applications
@@ -202,33 +202,58 @@ def test_a_peer_that_does_not_start_is_a_failed_cell_and_the_run_goes_on(
     assert [(one.cell, error in one.error) for one in bench.failures] == [("start", True)]
 
 
-def test_ratios_are_taken_within_a_round() -> None:
-    def run(relay: str, number: int, cost: float) -> Bulk:
-        return Bulk(
-            relay=relay,
-            hops=2,
-            connections=1,
-            round=number,
-            load_average=0,
-            bytes=1,
-            seconds=1,
-            bits_per_s=8,
-            relay_cpu_s_per_gb=cost,
-            load_cpu_s_per_gb=0,
-            samples=1,
-            rss_bytes=0,
-        )
+def carried(relay: str, number: int = 0, *, cost: float = 1, bits_per_s: float = 8) -> Bulk:
+    return Bulk(
+        relay=relay,
+        hops=2,
+        connections=1,
+        round=number,
+        load_average=0,
+        bytes=1,
+        seconds=1,
+        bits_per_s=bits_per_s,
+        relay_cpu_s_per_gb=cost,
+        load_cpu_s_per_gb=0,
+        samples=1,
+        rss_bytes=0,
+    )
 
+
+def test_ratios_are_taken_within_a_round() -> None:
     runs = [
-        run("none", 0, 1),
-        run("haproxy", 0, 2),
-        run("none", 1, 30),
-        run("haproxy", 1, 60),
-        run("none", 2, 9),
+        carried("none", 0, cost=1),
+        carried("haproxy", 0, cost=2),
+        carried("none", 1, cost=30),
+        carried("haproxy", 1, cost=60),
+        carried("none", 2, cost=9),
     ]
     found = ratio(runs, "none", "haproxy", lambda one: one.relay_cpu_s_per_gb)
     assert found is not None
     assert (found.median, found.least, found.most, found.count) == (0.5, 0.5, 0.5, 2)
+
+
+def test_a_rate_that_the_machine_has_no_room_for_is_no_goal() -> None:
+    def paced(asked_bits_per_s: int) -> Rate:
+        return Rate(
+            relay="tls",
+            hops=2,
+            connections=1,
+            round=0,
+            load_average=0,
+            asked_bits_per_s=asked_bits_per_s,
+            by="relay",
+            bits_per_s=asked_bits_per_s,
+            off=0.01,
+            idle=0,
+            relay_cpu_s_per_gb=1,
+        )
+
+    def judged(*others: Run) -> set[str]:
+        found = verdicts(results_of([paced(9_000_000_000), paced(10_000_000_000), *others], []))
+        return {verdict.of for verdict in found if verdict.what.startswith("rate")}
+
+    assert judged(carried("tls", bits_per_s=10.5e9)) == {"tls, 9000 Mbit/s"}
+    assert judged() == {"tls, 9000 Mbit/s", "tls, 10000 Mbit/s"}
 
 
 def test_the_arithmetic_is_computed() -> None:

@@ -299,7 +299,11 @@ def _cycles(aps: LocalFacility, alcf: LocalFacility, target: str, count: int) ->
 
 def _waiting(aps: LocalFacility, alcf: LocalFacility, target: str, count: int) -> Many:
     few = max(3, min(20, count // 5))
-    alone = [_ready_s(aps, alcf, target) for _ in range(few)]
+
+    def some(number: int) -> list[float]:
+        return [_ready_s(aps, alcf, target) for _ in range(number)]
+
+    alone = some(few)
     began = time.monotonic()
     with ThreadPoolExecutor(8, thread_name_prefix="wait") as pool:
         waiting = list(
@@ -308,8 +312,9 @@ def _waiting(aps: LocalFacility, alcf: LocalFacility, target: str, count: int) -
             )
         )
         seconds = time.monotonic() - began
-        beside = [_ready_s(aps, alcf, target) for _ in range(few)]
+        beside = some(2 * few)
         list(pool.map(Stream.release, waiting))
+    alone += some(few)  # on both sides, because the machine changes meanwhile
     return Many(
         what="waiting",
         count=count,

@@ -180,7 +180,7 @@ class Many(Document):
             streams while `count` wait for their application.
         seconds: For the whole.
         first_s, last_s: The median time until READY of the first and of the last fifth; with `waiting`, of the
-            streams opened before there were any waiting, and beside them.
+            streams opened before and after there were any waiting, and beside them.
         left: Relays, files of relays, threads and descriptors that were there after it and not before.
     """
 

@@ -348,7 +348,7 @@ def _many(results: Results) -> Table:
     words: dict[str, tuple[Any, str]] = {
         "at-once": ("opened at the same time", "fastest fifth / slowest"),
         "cycles": ("opened and released, one after the other", "first fifth / last"),
-        "waiting": ("waiting for their application", "a new one before / beside them"),
+        "waiting": ("waiting for their application", "a new one without / beside them"),
     }
     rows = [
         [
