@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import doctest
 import json
 import os
@@ -116,6 +117,19 @@ def test_a_benchmark_that_is_told_to_end_takes_its_relays_along(tmp_path: Path) 
         process.terminate()
         assert process.wait(60) == 128 + signal.SIGTERM
     assert living_relays() <= before
+
+
+def test_an_order_to_end_outlives_a_relay_that_cannot_be_cleared_away(tmp_path: Path) -> None:
+    bench = Bench(TINY, say=lambda _: None)
+
+    def is_told_to_end() -> None:
+        with bench.cell("cell"), contextlib.ExitStack() as relay:
+            relay.callback(os.stat, tmp_path / "gone")
+            sys.exit(128 + signal.SIGTERM)
+
+    with pytest.raises(SystemExit):
+        is_told_to_end()
+    assert bench.failures == []
 
 
 @pytest.mark.usefixtures("nothing_left", "state_base")

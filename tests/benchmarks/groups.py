@@ -112,6 +112,15 @@ FAULTS: Final = (
 )
 
 
+def _order_behind(error: BaseException) -> BaseException | None:
+    """SystemExit or KeyboardInterrupt, if what went wrong went wrong in the clearing up for it."""
+    while error.__context__ is not None:
+        error = error.__context__
+        if not isinstance(error, Exception):
+            return error
+    return None
+
+
 @dataclass
 class Bench:
     """A run in the making; `say` is told what is being measured."""
@@ -123,11 +132,13 @@ class Bench:
 
     @contextlib.contextmanager
     def cell(self, name: str) -> Iterator[None]:
-        """One cell: what goes wrong in it is written down, and the run goes on."""
+        """One cell: what goes wrong in it is written down, and the run goes on, unless it was told to end."""
         self.say(name)
         try:
             yield
         except FAULTS as error:
+            if (order := _order_behind(error)) is not None:
+                raise order from None
             self.failures.append(Failure(cell=name, error=f"{type(error).__name__}: {error}"[:600]))
             self.say(f"{name}: {error}")
 
