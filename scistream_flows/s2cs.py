@@ -1170,7 +1170,7 @@ class S2CS:
     def _clear_away(self, gateway: str, relay_id: str, *, alive: bool) -> None:
         try:
             relays = self._relays(gateway)
-            # One that has ended by now says why it did, as whose stream was released meanwhile.
+            # A relay that has ended meanwhile, because its stream was released, answers why it did.
             if alive and relays.stop(relay_id, reason="admin").reason == "admin":
                 log.warning("stopped relay %s on gateway %s: no stream has it", relay_id, gateway)
             relays.forget(relay_id)

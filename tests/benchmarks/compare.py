@@ -35,6 +35,12 @@ def bulk(results: Results) -> list[Bulk]:
     return [run for run in of(results, Bulk) if run.group == "bulk"]
 
 
+def two_hops(results: Results, connections: int) -> list[Bulk]:
+    """Those on loopback, with so many connections, which the goals are about."""
+    place = (2, "loopback", connections)
+    return [run for run in bulk(results) if run.place == place]
+
+
 def relays(runs: Iterable[Carried]) -> list[str]:
     """In the order of KINDS, whatever order they ran in; behind them what has a name of its own."""
     found = dict.fromkeys(run.relay for run in runs)
@@ -120,11 +126,7 @@ CPU_EXPERT: Final[dict[int, float | None]] = {1: 1.0, 5: None, 16: 0.85, 64: 0.9
 
 def _bulk(results: Results) -> Iterable[Verdict]:
     for connections in (1, 5, 16, 64):
-        runs = [
-            run
-            for run in bulk(results)
-            if (run.hops, run.network, run.connections) == (2, "loopback", connections)
-        ]
+        runs = two_hops(results, connections)
         limits: list[tuple[str, tuple[str, ...], float | None, float, float | None, float]] = [
             ("haproxy-expert", ("none", "auth"), CPU_EXPERT[connections], 0.8, 1.0, 1.1),
             ("haproxy-scistream", ("none", "auth"), 0.45, 0.45, 1.25, 1.3),
@@ -210,8 +212,7 @@ MOST_PACED: Final = 0.9
 
 def _is_within_reach(results: Results, mode: str, asked_bits_per_s: float) -> bool:
     """Whether the machine has room for this rate, by what it has carried without one; yes if that is not known."""
-    unpaced = [run for run in bulk(results) if (run.hops, run.network, run.connections) == (2, "loopback", 1)]
-    carried = spread(unpaced, mode, lambda run: run.bits_per_s)
+    carried = spread(two_hops(results, 1), mode, lambda run: run.bits_per_s)
     return carried is None or asked_bits_per_s <= MOST_PACED * carried.median
 
 
